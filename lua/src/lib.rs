@@ -1,1 +1,31 @@
-//! x
+//! The ledger: what is left of each sale and who holds what.
+//!
+//! The truth lives in the Redis of the master center and changes only through the scripts in `scripts/`.
+//! Every script that writes checks the [`Fence`] first and does nothing when it does not match exactly;
+//! everything is validated before the first write, because a script cannot roll back. This crate owns the
+//! scripts, is the only place where Redis keys are built, and turns every reply into an enum.
+//!
+//! The formats are described in [`keys`].
+
+pub mod admin;
+mod error;
+mod fence;
+pub mod keys;
+pub mod outbox;
+pub mod read;
+mod release;
+mod reply;
+mod reserve;
+pub mod roles;
+mod sales;
+mod scripts;
+
+pub use error::{Error, Executed, Refusal};
+pub use fence::{Fence, LedgerId, SCHEMA};
+pub use release::{ReleaseEntry, ReleaseOutcome, release};
+pub use reserve::{MAX_BATCH, ReserveEntry, ReserveOutcome, ReserveReply, StockMark, reserve};
+pub use sales::{
+    ArchiveOutcome, CreateOutcome, MAX_TOTAL, StateChange, StateOutcome, StockOutcome, UpdateOutcome,
+    add_stock, archive, create_sale, set_state, update_sale,
+};
+pub use scripts::load_all;

@@ -10,12 +10,14 @@ mod sale;
 mod shard;
 mod time;
 
-pub use ids::{CenterId, CenterNumber, Epoch, IdempotencyKey, InvalidId, KeyDigest, OrderId, OutboxId, SaleId, Uid};
+pub use ids::{
+    CenterId, CenterNumber, Epoch, IdempotencyKey, InvalidId, KeyDigest, OrderId, OutboxId, SaleId, Uid,
+};
 pub use money::{Currency, InvalidMoney, Money, Quantity};
 pub use order::{CouponState, OrderRecord, OrderStatus, UnknownState};
 pub use sale::{
-    CouponTerms, InvalidSale, LedgerState, SaleKind, SalePatch, SalePhase, SaleSpec, SaleTerms,
-    DEFAULT_PAYMENT_TTL_S,
+    CouponTerms, DEFAULT_PAYMENT_TTL_S, InvalidSale, LedgerState, SaleKind, SalePatch, SalePhase, SaleSpec,
+    SaleTerms,
 };
-pub use shard::{Shard, Table, SHARDS, TABLES};
+pub use shard::{SHARDS, Shard, TABLES, Table};
 pub use time::{Clock, ManualClock, Millis, SystemClock};

@@ -32,7 +32,11 @@ impl Money {
 
     /// An amount from 0 to [`Money::MAX`].
     pub fn new(minor_units: i64) -> Result<Money, InvalidMoney> {
-        if (0..=Money::MAX.0).contains(&minor_units) { Ok(Money(minor_units)) } else { Err(InvalidMoney::Amount) }
+        if (0..=Money::MAX.0).contains(&minor_units) {
+            Ok(Money(minor_units))
+        } else {
+            Err(InvalidMoney::Amount)
+        }
     }
 
     /// An amount that the database or the ledger holds already.
@@ -85,7 +89,9 @@ impl FromStr for Currency {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text.as_bytes() {
-            [a, b, c] if [a, b, c].iter().all(|letter| letter.is_ascii_uppercase()) => Ok(Currency([*a, *b, *c])),
+            [a, b, c] if [a, b, c].iter().all(|letter| letter.is_ascii_uppercase()) => {
+                Ok(Currency([*a, *b, *c]))
+            }
             _ => Err(InvalidMoney::Currency),
         }
     }

@@ -334,7 +334,9 @@ impl SalePhase {
     ) -> SalePhase {
         match state {
             LedgerState::Ended | LedgerState::Archived => SalePhase::Ended,
-            LedgerState::Active | LedgerState::Paused if ends_at.is_some_and(|end| now >= end) => SalePhase::Ended,
+            LedgerState::Active | LedgerState::Paused if ends_at.is_some_and(|end| now >= end) => {
+                SalePhase::Ended
+            }
             LedgerState::Paused => SalePhase::Paused,
             LedgerState::Active if now < starts_at => SalePhase::Scheduled,
             LedgerState::Active if remaining == 0 => SalePhase::SoldOut,
@@ -348,7 +350,10 @@ mod tests {
     use super::*;
 
     fn product() -> SaleSpec {
-        serde_json::from_str(r#"{"sale_id":"s","kind":"product","quantity":10,"price":1999,"currency":"CNY"}"#).unwrap()
+        serde_json::from_str(
+            r#"{"sale_id":"s","kind":"product","quantity":10,"price":1999,"currency":"CNY"}"#,
+        )
+        .unwrap()
     }
 
     #[test]
@@ -394,7 +399,9 @@ mod tests {
 
     #[test]
     fn a_phase_follows_state_window_and_stock() {
-        let at = |now, state, remaining| SalePhase::at(Millis(now), state, Millis(10), Some(Millis(20)), remaining);
+        let at = |now, state, remaining| {
+            SalePhase::at(Millis(now), state, Millis(10), Some(Millis(20)), remaining)
+        };
         assert_eq!(at(9, LedgerState::Active, 5), SalePhase::Scheduled);
         assert_eq!(at(10, LedgerState::Active, 5), SalePhase::OnSale);
         assert_eq!(at(10, LedgerState::Active, 0), SalePhase::SoldOut);

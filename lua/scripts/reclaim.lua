@@ -1,0 +1,82 @@
+#!lua flags=allow-oom
+-- After a ledger was adopted that does not know them: claims the units of stored orders of one sale again
+-- where stock and limit allow. The order keeps its id.
+--
+-- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
+-- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller
+--       then for each order
+--         uid
+--         claim: key digest (16 bytes, zeros if not known), order id head (4), quantity (3), state 0 (1), sequence (5)
+-- Reply {'OK', codes}; codes: a letter for each order
+--         C claimed again   H held already   L above the limit   S not enough left   N no such sale
+--       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
+--@include fence
+
+local FIRST = 4
+local CLAIM_BYTES = 29
+
+local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
+if state_of[1] ~= ARGV[1] then
+  return refusal(state_of[1], ARGV[1])
+end
+local sale = redis.call('HMGET', KEYS[6], 'state', 'remaining', 'claimed', 'accepted', 'limit')
+local missing = not sale[1] or sale[1] == 'archived'
+local remaining, limit = tonumber(sale[2]) or 0, tonumber(sale[5]) or 0
+local entries = (#ARGV - FIRST + 1) / 2
+local uids = {}
+for i = 1, entries do
+  uids[i] = ARGV[FIRST + 2 * (i - 1)]
+end
+local before = redis.call('HMGET', KEYS[7], unpack(uids))
+
+local sub = string.sub
+local codes, writes = {}, {}
+local latest = {}
+local units, orders = 0, 0
+for i = 1, entries do
+  local uid, claim = uids[i], ARGV[FIRST + 2 * i - 1]
+  local claims = latest[uid] or before[i] or ''
+  local quantity = struct.unpack('>I3', claim, 21)
+  local code
+  local held = 0
+  for at = 1, #claims, CLAIM_BYTES do
+    if sub(claims, at + 16, at + 19) == sub(claim, 17, 20) and sub(claims, at + 24, at + 28) == sub(claim, 25, 29) then
+      code = 'H'
+      break
+    end
+    if string.byte(claims, at + 23) == 0 then
+      held = held + struct.unpack('>I3', claims, at + 20)
+    end
+  end
+  if missing then
+    code = 'N'
+  elseif code then
+    -- the ledger knows this order
+  elseif held + quantity > limit then
+    code = 'L'
+  elseif remaining < quantity then
+    code = 'S'
+  else
+    code = 'C'
+    remaining = remaining - quantity
+    units = units + quantity
+    orders = orders + 1
+    latest[uid] = claims .. claim
+    writes[#writes + 1] = uid
+    writes[#writes + 1] = latest[uid]
+  end
+  codes[i] = code
+end
+
+if orders > 0 then
+  local now = ledger_time(state_of[2])
+  local seq = (tonumber(state_of[3]) or 0) + 1
+  -- These two first: a key of the wrong type stops the script before anything counts.
+  redis.call('ZADD', KEYS[5], seq, ARGV[2])
+  redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+    'v', '1', 'k', 'reclaimed', 's', ARGV[2], 'a', now, 'o', orders)
+  redis.call('HSET', KEYS[7], unpack(writes))
+  redis.call('HSET', KEYS[6], 'remaining', remaining, 'claimed', sale[3] + units, 'accepted', sale[4] + orders)
+  redis.call('MSET', KEYS[2], now, KEYS[3], seq)
+end
+return {'OK', table.concat(codes)}

@@ -1,0 +1,72 @@
+#!lua flags=allow-oom
+-- Gives the quantity of cancelled and expired orders of one sale back, each once, and leaves a tombstone.
+--
+-- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
+-- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller  4 channel for news
+--       then for each order: uid, order id (4 bytes head, 5 bytes sequence, big endian), its 19 digits
+-- Reply {'OK', codes}; codes: a letter for each order
+--         R released   A released already   U no such claim: nothing changed
+--       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
+--@include fence
+
+local FIRST = 5
+local CLAIM_BYTES = 29
+
+local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
+if state_of[1] ~= ARGV[1] then
+  return refusal(state_of[1], ARGV[1])
+end
+local sale = redis.call('HMGET', KEYS[6], 'remaining', 'claimed', 'released', 'revision')
+local entries = (#ARGV - FIRST + 1) / 3
+local uids = {}
+for i = 1, entries do
+  uids[i] = ARGV[FIRST + 3 * (i - 1)]
+end
+local before = redis.call('HMGET', KEYS[7], unpack(uids))
+
+local sub = string.sub
+local codes, writes, lines = {}, {}, {}
+local latest = {}
+local units = 0
+for i = 1, entries do
+  local uid = uids[i]
+  local order = ARGV[FIRST + 3 * i - 2]
+  local head, sequence = sub(order, 1, 4), sub(order, 5, 9)
+  local claims = latest[uid] or before[i]
+  local code = 'U'
+  if claims then
+    for at = 1, #claims, CLAIM_BYTES do
+      if sub(claims, at + 24, at + 28) == sequence and sub(claims, at + 16, at + 19) == head then
+        if string.byte(claims, at + 23) == 0 then
+          code = 'R'
+          units = units + struct.unpack('>I3', claims, at + 20)
+          claims = sub(claims, 1, at + 22) .. '\1' .. sub(claims, at + 24)
+          latest[uid] = claims
+          writes[#writes + 1] = uid
+          writes[#writes + 1] = claims
+          lines[#lines + 1] = ARGV[FIRST + 3 * i - 1] .. '\n'
+        else
+          code = 'A'
+        end
+        break
+      end
+    end
+  end
+  codes[i] = code
+end
+
+if #writes > 0 then
+  local now = ledger_time(state_of[2])
+  local seq = (tonumber(state_of[3]) or 0) + 1
+  local revision = sale[4] + 1
+  -- These two first: a key of the wrong type stops the script before anything counts.
+  redis.call('ZADD', KEYS[5], seq, ARGV[2])
+  redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+    'v', '1', 'k', 'released', 's', ARGV[2], 'a', now, 'o', table.concat(lines))
+  redis.call('HSET', KEYS[7], unpack(writes))
+  redis.call('HSET', KEYS[6], 'remaining', sale[1] + units, 'claimed', sale[2] - units,
+    'released', sale[3] + units, 'revision', revision)
+  redis.call('MSET', KEYS[2], now, KEYS[3], seq)
+  redis.call('PUBLISH', ARGV[4], ARGV[3] .. ':' .. ARGV[2] .. ':' .. revision)
+end
+return {'OK', table.concat(codes)}

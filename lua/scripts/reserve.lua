@@ -1,0 +1,148 @@
+#!lua
+-- Decides a batch of purchases of one sale.
+--
+-- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
+-- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller
+--       4 the quantity of every entry, or 0 where they differ
+--       then for each entry
+--         uid
+--         head: key digest (16 bytes), order id head (4, big endian), quantity (3, big endian), state 0 (1)
+--         line of the outbox record: "HEAD QUANTITY UID[ TRACEPARENT]\n", HEAD the nine digits of the order id
+-- Reply {'OK', seq, now, revision, codes, extras}
+--         codes: a letter for each entry
+--           A accepted: orders are numbered in this order, the last of them is seq
+--           R replay; extras has the order id (4 bytes head, 5 bytes sequence)
+--           K key reused with another quantity   N no such sale   P paused
+--           T not started; extras has the start (6 bytes, ms)     E ended
+--           L above the user's limit             S sold out
+--           I fewer left than asked; extras has what is left (5 bytes)
+--       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
+--       {'SEQUENCE_EXHAUSTED'}
+-- A claim is head .. sequence (5 bytes), 29 bytes; the claims of a user stand one after the other.
+--@include fence
+
+local FIRST = 5 -- index of the first entry's uid in ARGV
+local CLAIM_BYTES = 29
+-- How many claims beyond the limit a user may leave behind by giving units back again and again.
+local SPARE_CLAIMS = 64
+local MAX_SEQ = 9999999999
+
+local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
+if state_of[1] ~= ARGV[1] then
+  return refusal(state_of[1], ARGV[1])
+end
+local now = ledger_time(state_of[2])
+local seq = tonumber(state_of[3]) or 0
+local entries = (#ARGV - FIRST + 1) / 3
+if seq + entries > MAX_SEQ then
+  return {'SEQUENCE_EXHAUSTED'}
+end
+
+local sale = redis.call('HMGET', KEYS[6],
+  'state', 'starts', 'ends', 'limit', 'remaining', 'claimed', 'accepted', 'revision', 'terms')
+local starts = tonumber(sale[2]) or 0
+local ends = tonumber(sale[3])
+local limit = tonumber(sale[4]) or 0
+local remaining = tonumber(sale[5]) or 0
+local closed
+if not sale[1] or sale[1] == 'archived' then
+  closed = 'N'
+elseif sale[1] == 'paused' then
+  closed = 'P'
+elseif now < starts then
+  closed = 'T'
+elseif sale[1] == 'ended' or (ends and now >= ends) then
+  closed = 'E'
+end
+
+local uids = {}
+for i = 1, entries do
+  uids[i] = ARGV[FIRST + 3 * (i - 1)]
+end
+local before = redis.call('HMGET', KEYS[7], unpack(uids))
+
+local sub, byte, pack, unpack_bytes = string.sub, string.byte, struct.pack, struct.unpack
+local same_quantity = tonumber(ARGV[4])
+local codes, extras, extra = {}, {}, 0
+local writes, written = {}, 0
+local lines, accepted = {}, 0
+local units = 0
+local latest = {} -- claims of users that this batch has already changed
+
+for i = 1, entries do
+  local uid = uids[i]
+  local head = ARGV[FIRST + 3 * i - 2]
+  local quantity = same_quantity
+  if quantity == 0 then
+    quantity = unpack_bytes('>I3', head, 21)
+  end
+  local claims = latest[uid] or before[i]
+  local held = 0
+  local code
+  if claims then
+    local digest = sub(head, 1, 16)
+    for at = 1, #claims, CLAIM_BYTES do
+      local claimed = unpack_bytes('>I3', claims, at + 20)
+      if sub(claims, at, at + 15) == digest then
+        if claimed == quantity then
+          code = 'R'
+          extra = extra + 1
+          extras[extra] = sub(claims, at + 16, at + 19) .. sub(claims, at + 24, at + 28)
+        else
+          code = 'K'
+        end
+        break
+      end
+      if byte(claims, at + 23) == 0 then
+        held = held + claimed
+      end
+    end
+    if not code and #claims / CLAIM_BYTES >= limit + SPARE_CLAIMS then
+      held = limit
+    end
+  end
+  if code then
+    -- decided by an earlier acceptance, whatever the sale has become since
+  elseif closed then
+    code = closed
+    if closed == 'T' then
+      extra = extra + 1
+      extras[extra] = pack('>I6', starts)
+    end
+  elseif held + quantity > limit then
+    code = 'L'
+  elseif remaining == 0 then
+    code = 'S'
+  elseif remaining < quantity then
+    code = 'I'
+    extra = extra + 1
+    extras[extra] = pack('>I5', remaining)
+  else
+    code = 'A'
+    remaining = remaining - quantity
+    units = units + quantity
+    seq = seq + 1
+    local claim = head .. pack('>I5', seq)
+    if claims then
+      claim = claims .. claim
+    end
+    latest[uid] = claim
+    writes[written + 1] = uid
+    written = written + 2
+    writes[written] = claim
+    accepted = accepted + 1
+    lines[accepted] = ARGV[FIRST + 3 * i - 1]
+  end
+  codes[i] = code
+end
+
+if accepted > 0 then
+  -- These two first: a key of the wrong type stops the script before anything counts.
+  redis.call('ZADD', KEYS[5], seq, ARGV[2])
+  redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+    'v', '1', 'k', 'orders', 's', ARGV[2], 't', sale[9], 'a', now, 'o', table.concat(lines))
+  redis.call('HSET', KEYS[7], unpack(writes))
+  redis.call('HSET', KEYS[6], 'remaining', remaining, 'claimed', sale[6] + units, 'accepted', sale[7] + accepted)
+  redis.call('MSET', KEYS[2], now, KEYS[3], seq)
+end
+return {'OK', seq, now, tonumber(sale[8]) or 0, table.concat(codes), table.concat(extras)}

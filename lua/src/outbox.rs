@@ -1,0 +1,328 @@
+//! The outbox: a stream in which every change of the ledger is an entry.
+//!
+//! Fields of an entry: `v` format version, `k` kind, `s` sale id, `a` the ledger's time in ms, `o` the content:
+//!
+//! | kind | content |
+//! | --- | --- |
+//! | `orders` | a line `HEAD QUANTITY UID[ TRACEPARENT]` for each order; `t` holds the sale's terms as JSON. The last order's sequence is the entry's, the ones before count back from it |
+//! | `released` | the order ids that were given back, one a line |
+//! | `sale` | the sale's description as JSON |
+//! | `state` | `active`, `paused`, `ended` or `archived` |
+//! | `stock` | the change in units |
+//! | `reclaimed` | how many orders were claimed again |
+//! | `epoch` | the fence of the epoch that begins |
+
+use std::sync::Arc;
+
+use redis::aio::ConnectionLike;
+use redis::{FromRedisValue, Value};
+use seckill_domain::{
+    CenterNumber, Millis, OrderId, OrderRecord, OutboxId, Quantity, SaleId, SaleSpec, SaleTerms, Uid,
+};
+
+use crate::error::Error;
+use crate::fence::Fence;
+use crate::keys;
+use crate::reply::{malformed, text};
+use crate::roles::Role;
+
+/// The format version that this release writes and reads.
+pub const RECORD_VERSION: &str = "1";
+
+/// One entry.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Its id.
+    pub id: OutboxId,
+    /// What happened, or why this release cannot read it.
+    pub event: Result<Event, Unreadable>,
+}
+
+/// What an entry says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// Purchases were accepted.
+    Orders(Vec<OrderRecord>),
+    /// Units were given back.
+    Released {
+        /// Of this sale.
+        sale_id: SaleId,
+        /// By these orders.
+        orders: Vec<OrderId>,
+    },
+    /// A sale was created or its description changed.
+    Sale(Box<SaleSpec>),
+    /// Something else of a sale changed: its state, its stock, claims of an adopted ledger.
+    SaleChanged(SaleId),
+    /// An epoch began.
+    Epoch(Fence),
+}
+
+/// Why an entry could not be read. Its raw content goes to whoever keeps such entries.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}: {raw}")]
+pub struct Unreadable {
+    /// What is wrong with it.
+    pub reason: String,
+    /// Its fields, as text.
+    pub raw: String,
+}
+
+/// A stretch of the outbox, read together with what the server was at that moment (R1).
+#[derive(Debug, Clone, PartialEq)]
+pub struct Page {
+    /// What the server was.
+    pub role: Role,
+    /// Its fence.
+    pub fence: Option<String>,
+    /// The sequence of its last entry.
+    pub last_seq: u64,
+    /// The entries, oldest first.
+    pub entries: Vec<Entry>,
+}
+
+/// Reads at most `count` entries after an id, in one `MULTI` with the server's role and fence.
+pub async fn read(conn: &mut impl ConnectionLike, after: OutboxId, count: usize) -> Result<Page, Error> {
+    let (role, fence, last_seq, entries): (Value, Option<String>, Option<u64>, Value) = redis::pipe()
+        .atomic()
+        .cmd("ROLE")
+        .cmd("GET")
+        .arg(keys::FENCE)
+        .cmd("GET")
+        .arg(keys::SEQ)
+        .cmd("XRANGE")
+        .arg(keys::OUTBOX)
+        .arg(format!("({after}"))
+        .arg("+")
+        .arg("COUNT")
+        .arg(count)
+        .query_async(conn)
+        .await?;
+    Ok(Page {
+        role: Role::parse(role)?,
+        fence,
+        last_seq: last_seq.unwrap_or(0),
+        entries: parse_entries(entries)?,
+    })
+}
+
+/// Waits until there is an entry after an id, at most `block_ms`. The connection must not be shared: it is held
+/// up meanwhile. Returns whether there is one.
+pub async fn wait_for_entry(
+    conn: &mut impl ConnectionLike,
+    after: OutboxId,
+    block_ms: u64,
+) -> Result<bool, Error> {
+    let answer: Value = redis::cmd("XREAD")
+        .arg("COUNT")
+        .arg(1)
+        .arg("BLOCK")
+        .arg(block_ms.max(1))
+        .arg("STREAMS")
+        .arg(keys::OUTBOX)
+        .arg(after.to_string())
+        .query_async(conn)
+        .await?;
+    Ok(answer != Value::Nil)
+}
+
+/// The oldest entry's id, if there is any.
+pub async fn first_id(conn: &mut impl ConnectionLike) -> Result<Option<OutboxId>, Error> {
+    edge(conn, "XRANGE", "-", "+").await
+}
+
+/// The newest entry's id, if there is any.
+pub async fn last_id(conn: &mut impl ConnectionLike) -> Result<Option<OutboxId>, Error> {
+    edge(conn, "XREVRANGE", "+", "-").await
+}
+
+async fn edge(
+    conn: &mut impl ConnectionLike,
+    command: &str,
+    from: &str,
+    to: &str,
+) -> Result<Option<OutboxId>, Error> {
+    let entries: Value =
+        redis::cmd(command).arg(keys::OUTBOX).arg(from).arg(to).arg("COUNT").arg(1).query_async(conn).await?;
+    Ok(parse_entries(entries)?.first().map(|entry| entry.id))
+}
+
+/// Looks for an accepted order that may not be stored yet: its id names its entry, so no index is needed. The
+/// id shows the epoch mod 10000; the newest epoch not after `epoch` that fits is meant.
+pub async fn find_order(
+    conn: &mut impl ConnectionLike,
+    epoch: u64,
+    order_id: OrderId,
+) -> Result<Option<OrderRecord>, Error> {
+    let shown = u64::from(order_id.head() % 10_000);
+    let Some(epoch) =
+        (epoch + 10_000 - shown).checked_rem(10_000).and_then(|behind| epoch.checked_sub(behind))
+    else {
+        return Ok(None);
+    };
+    let entries: Value = redis::cmd("XRANGE")
+        .arg(keys::OUTBOX)
+        .arg(format!("{epoch}-{}", order_id.seq()))
+        .arg("+")
+        .arg("COUNT")
+        .arg(1)
+        .query_async(conn)
+        .await?;
+    Ok(parse_entries(entries)?.into_iter().find_map(|entry| match entry.event {
+        Ok(Event::Orders(orders)) => orders.into_iter().find(|order| order.order_id == order_id),
+        _ => None,
+    }))
+}
+
+fn parse_entries(value: Value) -> Result<Vec<Entry>, Error> {
+    let Value::Array(entries) = value else { return Err(malformed(&value)) };
+    let mut terms = TermsCache::default();
+    entries
+        .into_iter()
+        .map(|entry| {
+            let Value::Array(parts) = entry else { return Err(malformed(&entry)) };
+            let mut parts = parts.into_iter();
+            let id: OutboxId = text(parts.next())?
+                .parse()
+                .map_err(|_| Error::Malformed("an outbox id that is not EPOCH-SEQUENCE".to_owned()))?;
+            let fields = Fields::from_value(parts.next().unwrap_or(Value::Nil))?;
+            Ok(Entry { id, event: fields.event(id, &mut terms) })
+        })
+        .collect()
+}
+
+/// Neighbouring entries mostly have the same terms: parse them once.
+#[derive(Default)]
+struct TermsCache(Option<(Vec<u8>, Arc<SaleTerms>)>);
+
+impl TermsCache {
+    fn parse(&mut self, json: &[u8]) -> Result<Arc<SaleTerms>, String> {
+        if let Some((known, terms)) = &self.0
+            && known == json
+        {
+            return Ok(Arc::clone(terms));
+        }
+        let terms: Arc<SaleTerms> =
+            Arc::new(serde_json::from_slice(json).map_err(|error| format!("terms: {error}"))?);
+        self.0 = Some((json.to_vec(), Arc::clone(&terms)));
+        Ok(terms)
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    version: Vec<u8>,
+    kind: Vec<u8>,
+    sale: Vec<u8>,
+    at: Vec<u8>,
+    terms: Vec<u8>,
+    content: Vec<u8>,
+}
+
+impl Fields {
+    fn from_value(value: Value) -> Result<Fields, Error> {
+        let pairs = Vec::<(Vec<u8>, Vec<u8>)>::from_redis_value(value)
+            .map_err(|_| Error::Malformed("an outbox entry without fields".to_owned()))?;
+        let mut fields = Fields::default();
+        for (name, value) in pairs {
+            match &name[..] {
+                b"v" => fields.version = value,
+                b"k" => fields.kind = value,
+                b"s" => fields.sale = value,
+                b"a" => fields.at = value,
+                b"t" => fields.terms = value,
+                b"o" => fields.content = value,
+                // A later release may add fields that this one has no use for.
+                _ => {}
+            }
+        }
+        Ok(fields)
+    }
+
+    fn event(&self, id: OutboxId, terms: &mut TermsCache) -> Result<Event, Unreadable> {
+        self.parse(id, terms).map_err(|reason| Unreadable {
+            reason,
+            raw: format!(
+                "v={} k={} s={} a={} t={} o={}",
+                String::from_utf8_lossy(&self.version),
+                String::from_utf8_lossy(&self.kind),
+                String::from_utf8_lossy(&self.sale),
+                String::from_utf8_lossy(&self.at),
+                String::from_utf8_lossy(&self.terms),
+                String::from_utf8_lossy(&self.content),
+            ),
+        })
+    }
+
+    fn parse(&self, id: OutboxId, terms: &mut TermsCache) -> Result<Event, String> {
+        if self.version != RECORD_VERSION.as_bytes() {
+            return Err(format!("format version {:?}", String::from_utf8_lossy(&self.version)));
+        }
+        let content = std::str::from_utf8(&self.content).map_err(|_| "content is not UTF-8".to_owned())?;
+        let sale = || {
+            std::str::from_utf8(&self.sale)
+                .ok()
+                .and_then(|text| SaleId::new(text).ok())
+                .ok_or_else(|| "impossible sale id".to_owned())
+        };
+        match &self.kind[..] {
+            b"orders" => {
+                let at = std::str::from_utf8(&self.at)
+                    .ok()
+                    .and_then(|text| text.parse().ok())
+                    .map(Millis)
+                    .ok_or_else(|| "impossible time".to_owned())?;
+                parse_orders(content, id, &sale()?, &terms.parse(&self.terms)?, at).map(Event::Orders)
+            }
+            b"released" => {
+                let orders: Result<Vec<OrderId>, _> = content.lines().map(str::parse).collect();
+                Ok(Event::Released { sale_id: sale()?, orders: orders.map_err(|error| error.to_string())? })
+            }
+            b"sale" => serde_json::from_str(content)
+                .map(|spec| Event::Sale(Box::new(spec)))
+                .map_err(|error| error.to_string()),
+            b"state" | b"stock" | b"reclaimed" => Ok(Event::SaleChanged(sale()?)),
+            b"epoch" => content.parse().map(Event::Epoch).map_err(|error| format!("fence: {error}")),
+            other => Err(format!("kind {:?}", String::from_utf8_lossy(other))),
+        }
+    }
+}
+
+fn parse_orders(
+    content: &str,
+    id: OutboxId,
+    sale_id: &SaleId,
+    terms: &Arc<SaleTerms>,
+    accepted_at: Millis,
+) -> Result<Vec<OrderRecord>, String> {
+    let count = content.bytes().filter(|byte| *byte == b'\n').count() as u64;
+    let mut seq = id.seq.checked_sub(count).ok_or_else(|| "more orders than its sequence".to_owned())?;
+    let mut orders = Vec::with_capacity(usize::try_from(count).unwrap_or(0));
+    for line in content.lines() {
+        seq += 1;
+        let mut parts = line.splitn(4, ' ');
+        let mut part = |what: &str| parts.next().ok_or_else(|| format!("order line without {what}"));
+        let head: u32 = part("head")?.parse().map_err(|_| "impossible order id".to_owned())?;
+        let quantity = part("quantity")?.parse().ok().and_then(|units| Quantity::new(units).ok());
+        let uid = Uid::new(part("user")?).map_err(|error| error.to_string())?;
+        let order_id = OrderId::from_parts(head, seq).ok_or_else(|| "impossible order id".to_owned())?;
+        if order_id.table() != uid.table() {
+            return Err(format!("order {order_id} is not in its user's table"));
+        }
+        orders.push(OrderRecord {
+            order_id,
+            uid,
+            sale_id: sale_id.clone(),
+            quantity: quantity.ok_or_else(|| "impossible quantity".to_owned())?,
+            terms: Arc::clone(terms),
+            accepted_at,
+            traceparent: parts.next().map(Box::from),
+        });
+    }
+    Ok(orders)
+}
+
+/// The home center that an order id shows: where its user was at home when it was accepted.
+pub fn center_of(order_id: OrderId) -> Option<CenterNumber> {
+    CenterNumber::new(u8::try_from(order_id.head() / 100_000_000).ok()?).ok()
+}

@@ -1,0 +1,136 @@
+//! The role of a Redis server: isolated, master or replica (S1, S2).
+
+use redis::Value;
+use redis::aio::ConnectionLike;
+
+use crate::admin::{FenceChange, FenceOutcome, fence_args};
+use crate::error::Error;
+use crate::fence::Fence;
+use crate::keys;
+use crate::reply::{Reply, malformed, number, text};
+use crate::scripts::FENCE;
+
+/// What a server says it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// It takes writes.
+    Master {
+        /// Its replication offset, bytes.
+        offset: u64,
+        /// How many replicas are attached.
+        replicas: usize,
+    },
+    /// It follows another server, or (isolated) one that does not exist.
+    Replica {
+        /// `HOST:PORT` of its master.
+        of: String,
+        /// `connect`, `connecting`, `sync` or `connected`.
+        link: String,
+        /// Its replication offset, bytes.
+        offset: u64,
+    },
+}
+
+/// The master that an isolated server is told to follow: nothing listens there (S1).
+pub const NOWHERE: (&str, u16) = ("127.0.0.1", 1);
+
+impl Role {
+    /// Whether the server was started, or put, out of harm's way: it takes no writes and syncs nobody.
+    pub fn is_isolated(&self) -> bool {
+        matches!(self, Role::Replica { of, .. } if *of == format!("{}:{}", NOWHERE.0, NOWHERE.1))
+    }
+
+    pub(crate) fn parse(value: Value) -> Result<Role, Error> {
+        let Value::Array(values) = value else { return Err(malformed(&value)) };
+        let mut values = values.into_iter();
+        match text(values.next())?.as_str() {
+            "master" => {
+                let offset = number(values.next())?;
+                let replicas = match values.next() {
+                    Some(Value::Array(replicas)) => replicas.len(),
+                    _ => 0,
+                };
+                Ok(Role::Master { offset, replicas })
+            }
+            "slave" => {
+                let of = format!("{}:{}", text(values.next())?, number(values.next())?);
+                let link = text(values.next())?;
+                // -1 until the first sync.
+                let offset = number(values.next()).unwrap_or(0);
+                Ok(Role::Replica { of, link, offset })
+            }
+            other => Err(Error::Malformed(format!("role {other:?}"))),
+        }
+    }
+}
+
+/// What a server is, and the fence that its data carries.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Standing {
+    /// Its role.
+    pub role: Role,
+    /// The text of its fence, if it has one; parse it with [`Fence`]'s `FromStr`.
+    pub fence: Option<String>,
+    /// The sequence of its last outbox entry.
+    pub seq: u64,
+    /// Names this run of the server process; another after each restart.
+    pub run_id: String,
+}
+
+/// Asks a server for its role, fence and run in one step.
+pub async fn standing(conn: &mut impl ConnectionLike) -> Result<Standing, Error> {
+    let (role, fence, seq, info): (Value, Option<String>, Option<u64>, String) = redis::pipe()
+        .atomic()
+        .cmd("ROLE")
+        .cmd("GET")
+        .arg(keys::FENCE)
+        .cmd("GET")
+        .arg(keys::SEQ)
+        .cmd("INFO")
+        .arg("server")
+        .query_async(conn)
+        .await?;
+    let run_id = info
+        .lines()
+        .find_map(|line| line.strip_prefix("run_id:"))
+        .ok_or_else(|| Error::Malformed("INFO without run_id".to_owned()))?;
+    Ok(Standing { role: Role::parse(role)?, fence, seq: seq.unwrap_or(0), run_id: run_id.trim().to_owned() })
+}
+
+/// Makes a server the master and sets its fence in the same `MULTI`, if its fence is still `expected` (S2). No
+/// write can come between the two. The connection must not be shared: `WATCH` belongs to it.
+///
+/// `None` means that the fence changed meanwhile and nothing happened.
+pub async fn promote(
+    conn: &mut impl ConnectionLike,
+    expected: Option<&str>,
+    change: &FenceChange,
+    to: &Fence,
+) -> Result<Option<FenceOutcome>, Error> {
+    redis::cmd("WATCH").arg(keys::FENCE).query_async::<()>(conn).await?;
+    let found: Option<String> = redis::cmd("GET").arg(keys::FENCE).query_async(conn).await?;
+    if found.as_deref() != expected {
+        redis::cmd("UNWATCH").query_async::<()>(conn).await?;
+        return Ok(None);
+    }
+    let mut pipe = redis::pipe();
+    pipe.atomic().cmd("REPLICAOF").arg("NO").arg("ONE").ignore();
+    let eval = pipe.cmd("EVAL").arg(FENCE.text_without_shebang()).arg(4);
+    for arg in fence_args(change, to) {
+        eval.arg(arg);
+    }
+    let answer: Option<Vec<Value>> = pipe.query_async(conn).await?;
+    match answer {
+        None => Ok(None),
+        Some(values) => {
+            let value = values.into_iter().next_back().unwrap_or(Value::Nil);
+            FenceOutcome::parse(Reply::parse(value)?).map(Some)
+        }
+    }
+}
+
+/// Puts a server out of harm's way: it takes no writes and gives nobody its data, whatever it held.
+pub async fn isolate(conn: &mut impl ConnectionLike) -> Result<(), Error> {
+    redis::cmd("REPLICAOF").arg(NOWHERE.0).arg(NOWHERE.1).query_async::<()>(conn).await?;
+    Ok(())
+}
