@@ -39,8 +39,8 @@ local version = known[2] + 1
 -- These two first: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+  'v', '1', 'k', 'state', 's', ARGV[2], 'a', now, 'o', 'archived')
 redis.call('UNLINK', KEYS[7], KEYS[8])
 redis.call('HSET', KEYS[6], 'state', 'archived', 'version', version)
 redis.call('MSET', KEYS[2], now, KEYS[3], seq)
-  'v', '1', 'k', 'state', 's', ARGV[2], 'a', now, 'o', 'archived')
 return {'OK', version}

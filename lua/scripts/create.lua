@@ -26,11 +26,11 @@ local seq = (tonumber(state_of[3]) or 0) + 1
 -- These two first: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+  'v', '1', 'k', 'sale', 's', ARGV[2], 'a', now, 'o', ARGV[5])
 redis.call('HSET', KEYS[6],
   'state', 'active', 'digest', ARGV[4], 'def', ARGV[5], 'terms', ARGV[6],
   'total', ARGV[7], 'remaining', ARGV[7], 'claimed', 0, 'released', 0, 'accepted', 0,
   'starts', ARGV[8] == '' and now or ARGV[8], 'ends', ARGV[9], 'limit', ARGV[10],
   'version', 1, 'revision', 0, 'created', now)
 redis.call('MSET', KEYS[2], now, KEYS[3], seq)
-  'v', '1', 'k', 'sale', 's', ARGV[2], 'a', now, 'o', ARGV[5])
 return {'OK', 1}

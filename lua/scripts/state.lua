@@ -28,6 +28,7 @@ local version = known[2] + 1
 -- These two first: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+  'v', '1', 'k', 'state', 's', ARGV[2], 'a', now, 'o', ARGV[4])
 redis.call('HSET', KEYS[6], 'state', ARGV[4], 'version', version)
 if ARGV[4] == 'ended' then
   -- A sale ended before its start is over, not "not started".
@@ -36,5 +37,4 @@ if ARGV[4] == 'ended' then
   redis.call('HSET', KEYS[6], 'starts', starts, 'ends', ends)
 end
 redis.call('MSET', KEYS[2], now, KEYS[3], seq)
-  'v', '1', 'k', 'state', 's', ARGV[2], 'a', now, 'o', ARGV[4])
 return {'OK', version}

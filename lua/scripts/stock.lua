@@ -49,9 +49,9 @@ local version, revision = known[4] + 1, known[5] + 1
 -- These two first: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+  'v', '1', 'k', 'stock', 's', ARGV[2], 'a', now, 'o', ARGV[6])
 redis.call('HSET', KEYS[6], 'total', total, 'remaining', remaining, 'version', version, 'revision', revision)
 redis.call('HSET', KEYS[7], ARGV[5], string.format('%s %d %d %d', ARGV[6], total, remaining, version))
 redis.call('MSET', KEYS[2], now, KEYS[3], seq)
-  'v', '1', 'k', 'stock', 's', ARGV[2], 'a', now, 'o', ARGV[6])
 redis.call('PUBLISH', ARGV[4], ARGV[3] .. ':' .. ARGV[2] .. ':' .. revision)
 return {'OK', total, remaining, version}

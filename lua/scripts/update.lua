@@ -34,8 +34,8 @@ local version = known[2] + 1
 -- These two first: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
+  'v', '1', 'k', 'sale', 's', ARGV[2], 'a', now, 'o', ARGV[5])
 redis.call('HSET', KEYS[6], 'def', ARGV[5], 'terms', ARGV[6],
   'starts', ARGV[7] == '' and known[3] or ARGV[7], 'ends', ARGV[8], 'limit', ARGV[9], 'version', version)
 redis.call('MSET', KEYS[2], now, KEYS[3], seq)
-  'v', '1', 'k', 'sale', 's', ARGV[2], 'a', now, 'o', ARGV[5])
 return {'OK', version}
