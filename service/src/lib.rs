@@ -1,1 +1,3 @@
-//! x
+//! seckill: decides once, without overselling, who gets the units of a flash sale.
+
+pub mod orders;

@@ -1,0 +1,101 @@
+//! What can go wrong with the order database.
+
+use seckill_domain::{OutboxId, Shard};
+
+/// A call to the order database that gave no answer to its question.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database URL is none of ours.
+    #[error("database_url must be sqlite:PATH, not {0:?}")]
+    Url(String),
+    /// The database could not be opened.
+    #[error("the order database {path} cannot be opened: {source}")]
+    Open {
+        /// Where it lies.
+        path: String,
+        /// What the database said.
+        source: sqlx::Error,
+    },
+    /// The tables could not be brought to this release's form.
+    #[error("the order database cannot be migrated: {0}")]
+    Migrate(String),
+    /// The database belongs to another center.
+    #[error(
+        "the order database belongs to center {owner}, this is center {center}; give each center its own"
+    )]
+    ForeignCenter {
+        /// Whose it is.
+        owner: String,
+        /// Who we are.
+        center: String,
+    },
+    /// Locked, out of space, read-only, gone: nothing was written, and the same call may succeed later.
+    #[error("the order database did not answer: {0}")]
+    Unavailable(#[source] sqlx::Error),
+    /// The database refused the statement.
+    #[error("the order database refused: {0}")]
+    Database(#[source] sqlx::Error),
+    /// A row that this release cannot read.
+    #[error("unreadable row: {0}")]
+    Row(String),
+    /// Too many writes wait already; nothing was done.
+    #[error("too many writes wait for the order database")]
+    Overloaded,
+    /// The store is closing, or its writer is gone.
+    #[error("the order store is closed")]
+    Closed,
+    /// The outbox position was moved by somebody else (R2): read it again. Nothing was stored.
+    #[error("the outbox position of partition {partition} is {found}, not {expected}")]
+    PositionMoved {
+        /// The partition.
+        partition: u8,
+        /// What the caller took it to be.
+        expected: OutboxId,
+        /// What it is.
+        found: OutboxId,
+    },
+    /// The shard is not this center's (O1). Nothing was written.
+    #[error("shard {0} is not owned by this center")]
+    NotOwner(Shard),
+}
+
+impl Error {
+    /// Whether the same call may succeed later without anybody changing anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Unavailable(_) | Error::Overloaded | Error::PositionMoved { .. } => true,
+            Error::Url(_)
+            | Error::Open { .. }
+            | Error::Migrate(_)
+            | Error::ForeignCenter { .. }
+            | Error::Database(_)
+            | Error::Row(_)
+            | Error::Closed
+            | Error::NotOwner(_) => false,
+        }
+    }
+}
+
+impl From<sqlx::Error> for Error {
+    /// Decides here, where the error is born, whether trying again makes sense.
+    fn from(error: sqlx::Error) -> Self {
+        match &error {
+            sqlx::Error::Database(database) => {
+                // Primary result codes of SQLite; an extended code has them in its low byte.
+                let primary =
+                    database.code().and_then(|code| code.parse::<u32>().ok()).map(|code| code & 0xff);
+                match primary {
+                    // BUSY, LOCKED, NOMEM, READONLY, INTERRUPT, IOERR, FULL, CANTOPEN
+                    Some(5..=10 | 13 | 14) => Error::Unavailable(error),
+                    _ => Error::Database(error),
+                }
+            }
+            sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => Error::Row(error.to_string()),
+            sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => {
+                Error::Unavailable(error)
+            }
+            sqlx::Error::PoolClosed => Error::Closed,
+            _ => Error::Database(error),
+        }
+    }
+}

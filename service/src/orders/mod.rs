@@ -1,0 +1,26 @@
+//! Orders: from the outbox to the order tables, and what becomes of an order there.
+//!
+//! [`OrderStore`] owns the database: one task writes, a few connections read. [`Workers`] feed it from the local
+//! outbox , let unpaid orders expire, give units back to the ledger and
+//! drop outbox entries that are stored . [`Updates`] tells whoever waits for an order that it moved.
+//!
+//! Everything that matters is decided by rows and in one transaction each, so every worker may die between any
+//! two lines, and may run twice at the same time.
+
+mod error;
+mod metrics;
+mod model;
+mod store;
+mod updates;
+mod workers;
+
+pub use error::Error;
+pub use metrics::OrderMetrics;
+pub use model::{
+    AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, InvalidCursor, Order, OrderFilter, Page,
+    PayOutcome, Payment, PaymentId, Refund, Release, ReleaseReason, SaleCounts, StatusCounts, StoreOutcome,
+    Unreadable,
+};
+pub use store::{Counts, OrderStore, StoreOptions};
+pub use updates::{Subscription, TooManySubscribers, Updates};
+pub use workers::{TailerStatus, WorkerOptions};
