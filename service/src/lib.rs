@@ -1,3 +1,4 @@
 //! seckill: decides once, without overselling, who gets the units of a flash sale.
 
 pub mod orders;
+pub mod topology;
