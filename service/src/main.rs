@@ -1,1 +1,2 @@
+//! seckill: a flash-sale service.
 fn main() {}

@@ -1,0 +1,316 @@
+//! What a value may be, and what is allowed but asks for trouble.
+
+use std::collections::HashSet;
+use std::fmt;
+
+use super::auth::{KeyMaterial, KeyRing};
+use super::load::ConfigError;
+use super::{Config, KeyConfig};
+
+/// The ledger's `reserve` takes this many purchases in a call.
+const MAX_BATCH: usize = seckill_ledger::MAX_BATCH;
+/// `as_of` and `age_ms` promise a snapshot at least this often.
+const MAX_SNAPSHOT_INTERVAL_MS: u64 = 100;
+/// An HS256 secret should be as long as the hash (RFC 7518, section 3.2), in bytes.
+const HS256_SECRET_BYTES: usize = 32;
+
+/// Something that is allowed and asks for trouble.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Warning {
+    /// Path of the key.
+    pub key: String,
+    /// What may happen.
+    pub text: String,
+}
+
+impl fmt::Display for Warning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.key, self.text)
+    }
+}
+
+type Problem = (String, String);
+
+fn problem<T>(key: &str, reason: impl Into<String>) -> Result<T, Problem> {
+    Err((key.to_owned(), reason.into()))
+}
+
+fn within<T: PartialOrd + Copy + fmt::Display>(key: &str, value: T, min: T, max: T) -> Result<(), Problem> {
+    if value < min || value > max {
+        return problem(key, format!("must be from {min} to {max}, not {value}"));
+    }
+    Ok(())
+}
+
+impl Config {
+    /// Checks every value that its type leaves open.
+    pub(super) fn validate(&self) -> Result<(), Problem> {
+        let listen = [self.listen.public, self.listen.admin, self.listen.internal];
+        for (index, address) in listen.iter().enumerate() {
+            if address.port() != 0 && listen[..index].contains(address) {
+                return problem("listen", format!("two listeners have the address {address}"));
+            }
+        }
+        for (key, url) in [
+            ("listen.public_url", &self.listen.public_url),
+            ("listen.admin_url", &self.listen.admin_url),
+            ("listen.internal_url", &self.listen.internal_url),
+        ] {
+            if url.as_ref().is_some_and(|url| !is_http_url(url)) {
+                return problem(key, "must be an http:// or https:// URL");
+            }
+        }
+
+        let ledger = &self.ledger;
+        if ledger.partitions.len() != 1 {
+            return problem(
+                "ledger.partitions",
+                format!("exactly one partition for now, not {}", ledger.partitions.len()),
+            );
+        }
+        if let Some(index) = ledger.partitions.iter().position(|url| !is_redis_url(url)) {
+            return problem(
+                &format!("ledger.partitions[{index}]"),
+                "must be a redis://, rediss:// or unix:// URL",
+            );
+        }
+        within("ledger.pool_size", ledger.pool_size, 1, 1024)?;
+        within("ledger.response_timeout_ms", ledger.response_timeout_ms, 10, 60_000)?;
+        if ledger.max_memory_bytes.is_some_and(|bytes| bytes < 16 << 20) {
+            return problem("ledger.max_memory_bytes", "must be at least 16777216 (16 MiB)");
+        }
+
+        let inventory = &self.inventory;
+        within("inventory.lanes", inventory.lanes, 1, 256)?;
+        within("inventory.max_batch", inventory.max_batch, 1, MAX_BATCH)?;
+        within("inventory.queue_len", inventory.queue_len, inventory.max_batch, 1 << 20)?;
+        within("inventory.deadline_ms", inventory.deadline_ms, 100, 60_000)?;
+        within(
+            "inventory.snapshot_interval_ms",
+            inventory.snapshot_interval_ms,
+            1,
+            MAX_SNAPSHOT_INTERVAL_MS,
+        )?;
+        within("inventory.heartbeat_ms", inventory.heartbeat_ms, 10, 10_000)?;
+        within("inventory.winners_max", inventory.winners_max, 0, 100_000_000)?;
+
+        let orders = &self.orders;
+        match orders.database_url.strip_prefix("sqlite:") {
+            Some(path) if !path.trim_start_matches('/').is_empty() => {}
+            _ => return problem("orders.database_url", "must be sqlite:PATH"),
+        }
+        within("orders.max_connections", orders.max_connections, 1, 1024)?;
+        within("orders.store_batch", orders.store_batch, 1, 65_536)?;
+        within("orders.expiry_interval_ms", orders.expiry_interval_ms, 10, 60_000)?;
+        within("orders.expiry_grace_s", orders.expiry_grace_s, 0, 86_400)?;
+        within("orders.outbox_retention_s", orders.outbox_retention_s, 0, 30 * 86_400)?;
+        within("orders.release_interval_ms", orders.release_interval_ms, 10, 60_000)?;
+
+        for (key, ring) in self.rings() {
+            validate_ring(key, ring)?;
+        }
+        for (key, rate) in [
+            ("limits.per_user", self.limits.per_user),
+            ("limits.per_address", self.limits.per_address),
+            ("limits.per_sale", self.limits.per_sale),
+            ("limits.per_instance", self.limits.per_instance),
+        ] {
+            if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
+                return problem(key, "per_second and burst must be at least 1; \"off\" lifts the limit");
+            }
+        }
+        if self.topology.path.as_os_str().is_empty() {
+            return problem("topology.path", "must not be empty");
+        }
+        within("topology.lease_ttl_ms", self.topology.lease_ttl_ms, 200, 60_000)?;
+        within("sales.retry_window_s", self.sales.retry_window_s, 0, 365 * 86_400)?;
+        if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.telemetry.log) {
+            return problem("telemetry.log", error.to_string());
+        }
+        within("shutdown.drain_deadline_s", self.shutdown.drain_deadline_s, 1, 600)
+    }
+
+    fn rings(&self) -> [(&'static str, &KeyRing); 3] {
+        [
+            ("auth.users", &self.auth.users),
+            ("auth.payments", &self.auth.payments),
+            ("auth.admin", &self.auth.admin),
+        ]
+    }
+
+    /// Reads every token key, so that a missing file is found before the first request.
+    pub fn read_keys(&self) -> Result<(), ConfigError> {
+        for (ring, index, key) in self.keys() {
+            let path = || format!("{ring}.keys[{index}]");
+            let material = key.material().map_err(|error| ConfigError::TokenKey { key: path(), error })?;
+            if let KeyMaterial::EdDsaPem(pem) = material {
+                jsonwebtoken::DecodingKey::from_ed_pem(&pem).map_err(|_| ConfigError::Key {
+                    key: path(),
+                    reason: "public_key_file is not the PEM of an Ed25519 public key".to_owned(),
+                    variable: None,
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    fn keys(&self) -> impl Iterator<Item = (&'static str, usize, &KeyConfig)> {
+        self.rings()
+            .into_iter()
+            .flat_map(|(name, ring)| ring.keys.iter().enumerate().map(move |(index, key)| (name, index, key)))
+    }
+
+    /// What is allowed but asks for trouble: plain text between machines, risky timeouts, weak or shared keys.
+    pub fn warnings(&self) -> Vec<Warning> {
+        let mut found = Vec::new();
+        let mut warn = |key: &str, text: String| found.push(Warning { key: key.to_owned(), text });
+
+        for (index, url) in self.ledger.partitions.iter().enumerate() {
+            if url.starts_with("redis://") && !is_local(url) {
+                warn(
+                    &format!("ledger.partitions[{index}]"),
+                    "plain text to another machine: whoever is on the way reads and changes the ledger; use rediss://".to_owned(),
+                );
+            }
+        }
+        for (key, url) in [
+            ("listen.public_url", self.listen.public_url()),
+            ("listen.admin_url", self.listen.admin_url()),
+            ("listen.internal_url", self.listen.internal_url()),
+        ] {
+            if url.starts_with("http://") && !is_local(&url) {
+                warn(key, "plain text to other machines: tokens can be read on the way; put TLS in front and advertise https://".to_owned());
+            }
+        }
+        if !self.listen.admin.ip().is_loopback() {
+            warn(
+                "listen.admin",
+                "the admin listener is reachable from other machines; keep it off the internet".to_owned(),
+            );
+        }
+
+        let response = self.ledger.response_timeout_ms;
+        if response >= self.inventory.deadline_ms {
+            warn(
+                "ledger.response_timeout_ms",
+                format!(
+                    "not below inventory.deadline_ms ({}): one slow call outlasts the purchases that wait behind it",
+                    self.inventory.deadline_ms
+                ),
+            );
+        }
+        if response < 500 {
+            warn(
+                "ledger.response_timeout_ms",
+                "below 500 ms a pause of the disk turns purchases into unknown outcomes".to_owned(),
+            );
+        }
+        if self.topology.lease_ttl_ms < 1000 {
+            warn(
+                "topology.lease_ttl_ms",
+                "below 1000 ms a short pause of the process stops sales".to_owned(),
+            );
+        }
+        if self.shutdown.drain_deadline_s * 1000 <= self.inventory.deadline_ms {
+            warn(
+                "shutdown.drain_deadline_s",
+                format!(
+                    "not above inventory.deadline_ms ({}): a drain may cut purchases that are on their way",
+                    self.inventory.deadline_ms
+                ),
+            );
+        }
+        if self.orders.outbox_retention_s < 60 {
+            warn(
+                "orders.outbox_retention_s",
+                "below a minute little is left to look into after an incident".to_owned(),
+            );
+        }
+        if self.limits.per_user.is_none() {
+            warn("limits.per_user", "off: one user can send without bound".to_owned());
+        }
+
+        let mut secrets = Vec::new();
+        for (ring, keys) in self.rings() {
+            if keys.keys.is_empty() {
+                warn(&format!("{ring}.keys"), "no key: every token of this kind is refused".to_owned());
+            }
+        }
+        for (ring, index, key) in self.keys() {
+            if let Ok(KeyMaterial::Hs256(secret)) = key.material() {
+                let path = format!("{ring}.keys[{index}]");
+                if secret.len() < HS256_SECRET_BYTES {
+                    warn(
+                        &path,
+                        format!(
+                            "a secret of {} bytes can be guessed; use {HS256_SECRET_BYTES} or more",
+                            secret.len()
+                        ),
+                    );
+                }
+                if secrets.iter().any(|(other, known)| *other != ring && *known == secret) {
+                    warn(
+                        &path,
+                        "the same secret serves another ring: its holders can sign for both".to_owned(),
+                    );
+                }
+                secrets.push((ring, secret));
+            }
+        }
+        found
+    }
+}
+
+fn validate_ring(path: &str, ring: &KeyRing) -> Result<(), Problem> {
+    if ring.subject_claim.is_empty() {
+        return problem(&format!("{path}.subject_claim"), "must not be empty");
+    }
+    let mut kids = HashSet::new();
+    for (index, key) in ring.keys.iter().enumerate() {
+        let path = format!("{path}.keys[{index}]");
+        if !kids.insert(key.kid.as_deref()) {
+            return problem(
+                &path,
+                match &key.kid {
+                    Some(kid) => format!("two keys have the kid {kid:?}"),
+                    None => "in a ring of several keys each but one needs a kid".to_owned(),
+                },
+            );
+        }
+        let sources = (key.secret.is_some(), key.secret_file.is_some(), key.public_key_file.is_some());
+        match (key.alg, sources) {
+            (super::KeyAlgorithm::Hs256, (true, false, false) | (false, true, false))
+            | (super::KeyAlgorithm::EdDsa, (false, false, true)) => {}
+            (super::KeyAlgorithm::Hs256, _) => {
+                return problem(&path, super::auth::KeyError::Hs256Source.to_string());
+            }
+            (super::KeyAlgorithm::EdDsa, _) => {
+                return problem(&path, super::auth::KeyError::EdDsaSource.to_string());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn is_http_url(url: &str) -> bool {
+    url.parse::<http::Uri>().is_ok_and(|uri| {
+        matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
+    })
+}
+
+fn is_redis_url(url: &str) -> bool {
+    ["redis://", "rediss://", "unix://", "redis+unix://"]
+        .iter()
+        .any(|scheme| url.strip_prefix(scheme).is_some_and(|rest| !rest.is_empty()))
+}
+
+/// Whether a URL leads to this machine.
+fn is_local(url: &str) -> bool {
+    let authority = url.split("://").nth(1).and_then(|rest| rest.split(['/', '?']).next()).unwrap_or("");
+    let host_port = authority.rsplit('@').next().unwrap_or(authority);
+    let host = match host_port.strip_prefix('[') {
+        Some(rest) => rest.split(']').next().unwrap_or(rest),
+        None => host_port.rsplit_once(':').map_or(host_port, |(host, _)| host),
+    };
+    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
