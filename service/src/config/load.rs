@@ -238,7 +238,8 @@ fn refuse_secrets(table: &Table) -> Result<(), ConfigError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{KeyMaterial, Rate};
+    use crate::config::KeyMaterial;
+    use crate::topology::Rate;
 
     fn load(toml: &str, env: &[(&str, &str)]) -> Result<Config, ConfigError> {
         let folder = tempfile::tempdir().unwrap();
@@ -350,7 +351,7 @@ mod tests {
         assert_eq!(config.ledger.max_memory_bytes, Some(1 << 30));
         assert_eq!(config.center.id.as_str(), "7");
         assert_eq!(config.limits.per_user, None);
-        assert_eq!(config.limits.per_sale, Some(Rate { per_second: 5, burst: 6 }));
+        assert_eq!(config.limits.per_sale, Rate::new(5, 6));
         assert_eq!(config.limits.trusted_proxies.len(), 2);
         let material = config.auth.users.keys[0].material().unwrap();
         assert_eq!(material, KeyMaterial::Hs256(b"0123456789".to_vec()));

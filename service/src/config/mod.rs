@@ -18,6 +18,8 @@ use std::path::PathBuf;
 use seckill_domain::{CenterId, CenterNumber, Currency};
 use serde::Deserialize;
 
+use crate::topology::{self, Limits, Rate};
+
 pub use auth::{
     AuthConfig, KeyAlgorithm, KeyConfig, KeyError, KeyMaterial, KeyRing, Secret, without_newline,
 };
@@ -228,8 +230,6 @@ pub struct ShutdownConfig {
     pub drain_deadline_s: u64,
 }
 
-pub use network::Rate;
-
 impl ListenConfig {
     /// The URL under which others reach the public listener.
     pub fn public_url(&self) -> String {
@@ -244,6 +244,19 @@ impl ListenConfig {
     /// The URL under which other centers reach the internal listener.
     pub fn internal_url(&self) -> String {
         self.internal_url.clone().unwrap_or_else(|| format!("http://{}", self.internal))
+    }
+}
+
+impl LimitsConfig {
+    /// The limits that a new topology starts with.
+    pub fn initial(&self) -> Limits {
+        Limits {
+            per_user: self.per_user,
+            per_address: self.per_address,
+            per_sale: self.per_sale,
+            per_instance: self.per_instance,
+            extra: topology::Extra::new(),
+        }
     }
 }
 
@@ -311,7 +324,7 @@ impl Default for OrdersConfig {
 impl Default for LimitsConfig {
     fn default() -> Self {
         LimitsConfig {
-            per_user: Some(Rate { per_second: 10, burst: 20 }),
+            per_user: Limits::default().per_user,
             per_address: None,
             per_sale: None,
             per_instance: None,

@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::ops::Deref;
 use std::str::FromStr;
 
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer};
+
+use crate::topology::Rate;
 
 /// A URL whose password `Debug` and `Display` do not show. Dereferences to the whole URL.
 #[derive(Clone, PartialEq, Eq, Deserialize)]
@@ -58,16 +60,6 @@ impl fmt::Debug for SecretUrl {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "\"{self}\"")
     }
-}
-
-/// A token bucket: it refills with `per_second` and holds `burst`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rate {
-    /// Requests a second in the long run.
-    pub per_second: u32,
-    /// Requests at once.
-    pub burst: u32,
 }
 
 /// Reads a [`Rate`] or the word `off`, because TOML has no null.

@@ -109,16 +109,6 @@ impl Config {
         for (key, ring) in self.rings() {
             validate_ring(key, ring)?;
         }
-        for (key, rate) in [
-            ("limits.per_user", self.limits.per_user),
-            ("limits.per_address", self.limits.per_address),
-            ("limits.per_sale", self.limits.per_sale),
-            ("limits.per_instance", self.limits.per_instance),
-        ] {
-            if rate.is_some_and(|rate| rate.per_second == 0 || rate.burst == 0) {
-                return problem(key, "per_second and burst must be at least 1; \"off\" lifts the limit");
-            }
-        }
         if self.topology.path.as_os_str().is_empty() {
             return problem("topology.path", "must not be empty");
         }
