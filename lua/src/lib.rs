@@ -21,7 +21,7 @@ mod sales;
 mod scripts;
 
 pub use error::{Error, Executed, Refusal};
-pub use fence::{Fence, LedgerId, SCHEMA};
+pub use fence::{Fence, InvalidFence, LedgerId, SCHEMA};
 pub use release::{ReleaseEntry, ReleaseOutcome, release};
 pub use reserve::{MAX_BATCH, ReserveEntry, ReserveOutcome, ReserveReply, StockMark, reserve};
 pub use sales::{

@@ -2,4 +2,5 @@
 
 pub mod config;
 pub mod orders;
+pub mod shift;
 pub mod topology;

@@ -51,11 +51,13 @@ pub enum Cause {
     Adopting,
     /// The topology cannot be changed.
     TopologyUnwritable,
+    /// The order database cannot be asked how far it has stored.
+    OrdersUnreadable,
 }
 
 impl Cause {
     /// All causes.
-    pub const ALL: [Cause; 13] = [
+    pub const ALL: [Cause; 14] = [
         Cause::Starting,
         Cause::LeaseExpired,
         Cause::NotMaster,
@@ -69,6 +71,7 @@ impl Cause {
         Cause::Schema,
         Cause::Adopting,
         Cause::TopologyUnwritable,
+        Cause::OrdersUnreadable,
     ];
 
     /// The cause's name in metrics and JSON.
@@ -87,6 +90,7 @@ impl Cause {
             Cause::Schema => "schema",
             Cause::Adopting => "adopting",
             Cause::TopologyUnwritable => "topology_unwritable",
+            Cause::OrdersUnreadable => "orders_unreadable",
         }
     }
 
@@ -98,7 +102,8 @@ impl Cause {
             | Cause::RolledBack
             | Cause::Foreign
             | Cause::Schema
-            | Cause::TopologyUnwritable => true,
+            | Cause::TopologyUnwritable
+            | Cause::OrdersUnreadable => true,
             Cause::Starting
             | Cause::LeaseExpired
             | Cause::NotMaster

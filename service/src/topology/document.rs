@@ -1,6 +1,6 @@
 //! The topology document.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU32;
 
 use seckill_domain::{CenterId, CenterNumber, Epoch, SHARDS, Shard};
@@ -46,6 +46,9 @@ pub struct Topology {
     /// the ledger is created.
     #[serde(default)]
     pub ledger_runs: BTreeMap<u8, LedgerRun>,
+    /// Partitions whose ledger is being adopted: what was begun is finished before anything is sold.
+    #[serde(default)]
+    pub adopting: BTreeSet<u8>,
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,
@@ -67,6 +70,7 @@ impl Topology {
             blocked_shards: Vec::new(),
             limits,
             ledger_runs: BTreeMap::new(),
+            adopting: BTreeSet::new(),
             extra: Extra::new(),
         }
     }

@@ -1,0 +1,449 @@
+//! The guardian: the task that gives one partition's server its role and keeps looking at it.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use seckill_domain::{CenterId, Epoch, OutboxId};
+use seckill_ledger::admin::FenceChange;
+use seckill_ledger::roles::{Role, Standing};
+use seckill_ledger::{Fence, load_all};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::ledger::{InitError, Ledger, LedgerError};
+use super::reclaim::{AdoptReport, Recovery};
+use super::verdict::{InitPolicy, Seen, Verdict, isolates, judge};
+use crate::orders::OrderStore;
+use crate::topology::{Authority, Cause, NoAuthority, TopologyHandle};
+
+/// How often the server is looked at: a ledger that is emptied or replaced stops sales within this time. (Its
+/// scripts refuse by their fence from the first moment.)
+const CHECK_INTERVAL: Duration = Duration::from_millis(200);
+/// How long a server that was admitted may leave questions unanswered before sales stop: a slow disk holds up
+/// purchases and questions alike and is no reason to refuse what is waiting.
+const SILENCE_MAX: Duration = Duration::from_secs(3);
+/// After a promotion or adoption failed, the next waits this long, then twice as long, up to the second: each
+/// attempt uses up an epoch.
+const RETRY_MIN: Duration = Duration::from_millis(200);
+const RETRY_MAX: Duration = Duration::from_secs(5);
+/// Requests that wait for the guardian.
+const REQUESTS: usize = 4;
+
+/// Which server, and how it may be used.
+#[derive(Debug, Clone)]
+pub struct GuardianOptions {
+    /// The center of this service.
+    pub center: CenterId,
+    /// The inventory partition.
+    pub partition: u8,
+    /// The server's URL.
+    pub redis_url: String,
+    /// Who creates the ledger.
+    pub init: InitPolicy,
+    /// What is known about the server's process by whoever runs it, to say why it does not answer.
+    pub process: Option<watch::Receiver<Option<Arc<str>>>>,
+}
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum RequestError<E> {
+    /// The guardian has ended: the service shuts down.
+    #[error("the service is shutting down")]
+    Closed,
+    /// Others wait already.
+    #[error("the ledger is being worked on already; look at /readyz")]
+    Busy,
+    /// It failed.
+    #[error("{0}")]
+    Failed(E),
+}
+
+enum Request {
+    Init(oneshot::Sender<Result<Fence, InitError>>),
+    Adopt(oneshot::Sender<Result<AdoptReport, Recovery>>),
+}
+
+/// Asks the guardian to do something. What was asked is finished even if the asking future is dropped.
+#[derive(Debug, Clone)]
+pub struct GuardianHandle {
+    requests: mpsc::Sender<Request>,
+}
+
+impl GuardianHandle {
+    /// Creates the ledger on an empty server: `seckill ledger init`.
+    pub async fn init(&self) -> Result<Fence, RequestError<InitError>> {
+        let (answer, answered) = oneshot::channel();
+        self.ask(Request::Init(answer), answered).await
+    }
+
+    /// Goes on with whatever the server holds: `seckill ledger adopt`. Harmless on a ledger that is in order: a
+    /// new epoch begins.
+    pub async fn adopt(&self) -> Result<AdoptReport, RequestError<Recovery>> {
+        let (answer, answered) = oneshot::channel();
+        self.ask(Request::Adopt(answer), answered).await
+    }
+
+    async fn ask<T, E>(
+        &self,
+        request: Request,
+        answered: oneshot::Receiver<Result<T, E>>,
+    ) -> Result<T, RequestError<E>> {
+        self.requests.try_send(request).map_err(|error| match error {
+            mpsc::error::TrySendError::Full(_) => RequestError::Busy,
+            mpsc::error::TrySendError::Closed(_) => RequestError::Closed,
+        })?;
+        answered.await.map_err(|_| RequestError::Closed)?.map_err(RequestError::Failed)
+    }
+}
+
+/// Looks after one partition's server.
+pub struct Guardian {
+    ledger: Ledger,
+    options: GuardianOptions,
+    topology: TopologyHandle,
+    authority: Authority,
+    orders: OrderStore,
+    state: State,
+    /// Since when the server does not answer.
+    silent_since: Option<Instant>,
+    /// When the next promotion may be tried, and how many failed in a row.
+    retry: Option<(Instant, u32)>,
+    /// What was logged last, so that it is logged once.
+    said: Option<NoAuthority>,
+}
+
+enum State {
+    /// The server is not in use.
+    Out,
+    /// It is the master.
+    Admitted { fence: Fence, text: String, run_id: String, seq: u64 },
+}
+
+impl Guardian {
+    /// Starts the guardian. It ends with the token and leaves the server as it is.
+    pub fn spawn(
+        options: GuardianOptions,
+        topology: TopologyHandle,
+        authority: Authority,
+        orders: OrderStore,
+        tracker: &TaskTracker,
+        token: CancellationToken,
+    ) -> Result<GuardianHandle, LedgerError> {
+        let ledger =
+            Ledger::new(options.center.clone(), options.partition, &options.redis_url, topology.clone())?;
+        let (requests, inbox) = mpsc::channel(REQUESTS);
+        let guardian = Guardian {
+            ledger,
+            options,
+            topology,
+            authority,
+            orders,
+            state: State::Out,
+            silent_since: None,
+            retry: None,
+            said: None,
+        };
+        tracker.spawn(guardian.run(inbox, token));
+        Ok(GuardianHandle { requests })
+    }
+
+    async fn run(mut self, mut inbox: mpsc::Receiver<Request>, token: CancellationToken) {
+        let mut ticks = tokio::time::interval(CHECK_INTERVAL);
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let authority = self.authority.clone();
+        loop {
+            // Each step is bounded by the connection's timeouts, so the token is only looked at in between: a
+            // promotion is never cut in half by a shutdown.
+            let mut thorough = false;
+            tokio::select! {
+                () = token.cancelled() => break,
+                request = inbox.recv() => {
+                    let Some(request) = request else { break };
+                    self.serve(request).await;
+                    continue;
+                }
+                _ = ticks.tick() => {}
+                () = authority.suspected() => thorough = true,
+            }
+            if let Err(error) = self.check(thorough).await {
+                self.failed(&error);
+            }
+        }
+    }
+
+    async fn serve(&mut self, request: Request) {
+        match request {
+            Request::Init(answer) => {
+                let stored = match self.stored().await {
+                    Ok(stored) => stored,
+                    Err(refusal) => {
+                        let _ = answer.send(Err(InitError::Refused(refusal)));
+                        return;
+                    }
+                };
+                let outcome = self.ledger.init(stored).await;
+                if outcome.is_err() {
+                    self.ledger.disconnect();
+                }
+                if let Err(error) = self.check(false).await {
+                    self.failed(&error);
+                }
+                let _ = answer.send(outcome);
+            }
+            Request::Adopt(answer) => {
+                let outcome = self.adopt().await;
+                let _ = answer.send(outcome);
+            }
+        }
+    }
+
+    async fn adopt(&mut self) -> Result<AdoptReport, Recovery> {
+        self.withdraw(NoAuthority::new(Cause::Adopting, "the ledger is being adopted"));
+        let outcome = self.ledger.adopt(&self.orders).await;
+        match &outcome {
+            Ok(report) => {
+                tracing::warn!(
+                    partition = self.options.partition,
+                    epoch = report.epoch,
+                    released = report.released,
+                    held = report.held,
+                    reclaimed = report.reclaimed,
+                    cancelled = report.cancelled,
+                    paid_without_claim = report.paid_without_claim,
+                    "the ledger is adopted"
+                );
+                if let Err(error) = self.check(false).await {
+                    self.failed(&error);
+                }
+            }
+            Err(error) => {
+                self.ledger.disconnect();
+                self.back_off();
+                self.refuse(NoAuthority::new(
+                    Cause::Adopting,
+                    format!("the adoption of the ledger came to no end: {error}. It is tried again"),
+                ));
+            }
+        }
+        outcome
+    }
+
+    async fn check(&mut self, thorough: bool) -> Result<(), LedgerError> {
+        let topology = self.topology.current();
+        // Not this center's server to promote (S3): what it was admitted for is over.
+        if topology.master != self.options.center {
+            self.withdraw(NoAuthority::new(
+                Cause::NotMaster,
+                format!("center {} is the master", topology.master),
+            ));
+            return Ok(());
+        }
+        if topology.shift.is_some() {
+            self.withdraw(NoAuthority::new(Cause::Shifting, "a shift is recorded in the topology"));
+            return Ok(());
+        }
+        let standing = self.ledger.standing().await?;
+        self.silent_since = None;
+        let as_before = self.is_as_before(&standing, &topology.fence());
+        if as_before && !thorough && topology.adopting.is_empty() {
+            if let State::Admitted { seq, .. } = &mut self.state {
+                *seq = standing.seq;
+            }
+            return Ok(());
+        }
+        if !as_before {
+            self.withdraw(NoAuthority::new(Cause::Promoting, "the ledger's server is being looked at"));
+        }
+        let stored = match self.stored().await {
+            Ok(stored) => stored,
+            Err(refusal) => {
+                self.refuse(refusal);
+                return Ok(());
+            }
+        };
+        let seen = self.ledger.look(stored).await?;
+        let verdict = judge(self.ledger.place(), &self.topology.current(), &seen, self.options.init);
+        if matches!(verdict, Verdict::Lift { .. } | Verdict::Init | Verdict::Adopt) && self.must_wait() {
+            return Ok(());
+        }
+        match verdict {
+            Verdict::Admit => {
+                let fence = topology.fence();
+                let run_id = seen.standing.run_id.clone();
+                self.admit(fence, run_id, &seen).await?;
+            }
+            Verdict::Lift { from } => self.promote(&seen, FenceChange::Lift { from }).await?,
+            Verdict::Init => self.promote(&seen, FenceChange::Init).await?,
+            Verdict::Adopt => {
+                // Its outcome is logged and shown by itself.
+                let _ = Box::pin(self.adopt()).await;
+            }
+            Verdict::Refuse(refusal) => {
+                let isolate = isolates(refusal.cause, &seen) && !seen.standing.role.is_isolated();
+                self.refuse(refusal);
+                if isolate {
+                    self.ledger.isolate().await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn is_as_before(&self, standing: &Standing, fence: &Fence) -> bool {
+        match &self.state {
+            State::Out => false,
+            State::Admitted { fence: admitted, text, run_id, seq } => {
+                standing.run_id == *run_id
+                    && standing.fence.as_ref() == Some(text)
+                    && matches!(standing.role, Role::Master { .. })
+                    && standing.seq >= *seq
+                    && admitted == fence
+            }
+        }
+    }
+
+    async fn promote(&mut self, seen: &Seen, change: FenceChange) -> Result<(), LedgerError> {
+        let came_up_as_master =
+            matches!(seen.standing.role, Role::Master { .. }) && matches!(change, FenceChange::Lift { .. });
+        if came_up_as_master {
+            tracing::warn!(
+                partition = self.options.partition,
+                address = self.ledger.address(),
+                "the ledger's Redis was a master before it was checked; put `replicaof 127.0.0.1 1` into its \
+                 configuration, so that it starts isolated"
+            );
+        }
+        let (fence, run_id) = match self.ledger.promote(seen, change).await {
+            Ok(promoted) => promoted,
+            Err(error) => {
+                self.back_off();
+                return Err(error);
+            }
+        };
+        self.admit(fence, run_id, seen).await
+    }
+
+    async fn admit(&mut self, fence: Fence, run_id: String, seen: &Seen) -> Result<(), LedgerError> {
+        let conn = self.ledger.conn().await?;
+        load_all(conn).await?;
+        let risks = risks(conn).await;
+        if !matches!(&self.state, State::Admitted { run_id: known, .. } if *known == run_id) {
+            for risk in risks {
+                tracing::warn!(partition = self.options.partition, address = self.ledger.address(), "{risk}");
+            }
+        }
+        let (partition, Epoch(epoch)) = (self.options.partition, fence.epoch);
+        if !matches!(&self.state, State::Admitted { fence: known, .. } if *known == fence) {
+            tracing::info!(partition, epoch, run_id, "the ledger's server is the master");
+        }
+        self.authority.admit(partition, fence.clone(), &run_id);
+        self.state = State::Admitted { text: fence.to_string(), fence, run_id, seq: seen.standing.seq };
+        self.said = None;
+        self.retry = None;
+        Ok(())
+    }
+
+    fn back_off(&mut self) {
+        let failures = self.retry.map_or(0, |(_, failures)| failures);
+        let wait = RETRY_MIN.saturating_mul(1 << failures.min(16)).min(RETRY_MAX);
+        self.retry = Some((Instant::now() + wait, failures + 1));
+    }
+
+    fn must_wait(&self) -> bool {
+        self.retry.is_some_and(|(at, _)| Instant::now() < at)
+    }
+
+    async fn stored(&self) -> Result<OutboxId, NoAuthority> {
+        self.orders.position(self.options.partition).await.map_err(|error| {
+            NoAuthority::new(
+                Cause::OrdersUnreadable,
+                format!("the order database does not say how far it has stored: {error}"),
+            )
+        })
+    }
+
+    fn failed(&mut self, error: &LedgerError) {
+        // What is still on its way on this connection is anybody's guess.
+        self.ledger.disconnect();
+        let since = *self.silent_since.get_or_insert_with(Instant::now);
+        let timed_out = matches!(error, LedgerError::Server(seckill_ledger::Error::NoAnswer(error)) if error.is_timeout());
+        let admitted = matches!(self.state, State::Admitted { .. });
+        if admitted && timed_out && since.elapsed() < SILENCE_MAX {
+            return;
+        }
+        let address = self.ledger.address();
+        let refusal = match error {
+            LedgerError::Address(_) | LedgerError::Server(_) => {
+                let process = self.options.process.as_ref().and_then(|process| process.borrow().clone());
+                let detail = process.map_or_else(String::new, |detail| format!(" ({detail})"));
+                NoAuthority::new(
+                    Cause::Unreachable,
+                    format!("the ledger's Redis at {address} does not answer: {error}{detail}"),
+                )
+            }
+            LedgerError::Topology(error) => NoAuthority::new(
+                Cause::TopologyUnwritable,
+                format!("a new epoch cannot be written down: {error}. Sales go on when it can"),
+            ),
+            LedgerError::Changed | LedgerError::NotOurs(_) => {
+                NoAuthority::new(Cause::Promoting, format!("{error}; it is looked at again"))
+            }
+            LedgerError::Schema(error) => NoAuthority::new(Cause::Schema, error.to_string()),
+        };
+        self.refuse(refusal);
+    }
+
+    /// Takes the server out of use and says why.
+    fn refuse(&mut self, refusal: NoAuthority) {
+        self.withdraw(refusal.clone());
+        if self.said.as_ref().map(|said| said.cause) != Some(refusal.cause) {
+            tracing::error!(
+                partition = self.options.partition,
+                cause = refusal.cause.as_str(),
+                "no sales: {}",
+                refusal.reason
+            );
+            self.said = Some(refusal);
+        }
+    }
+
+    fn withdraw(&mut self, refusal: NoAuthority) {
+        // While something known is wrong, looking again does not make it a different answer.
+        let refusal = match (&self.said, refusal.cause) {
+            (Some(said), Cause::Promoting) => said.clone(),
+            _ => refusal,
+        };
+        self.state = State::Out;
+        self.authority.refuse(self.options.partition, refusal);
+    }
+}
+
+/// Settings of a server that break what an acknowledgement means.
+async fn risks(conn: &mut redis::aio::MultiplexedConnection) -> Vec<String> {
+    let settings: redis::RedisResult<std::collections::HashMap<String, String>> = redis::cmd("CONFIG")
+        .arg("GET")
+        .arg("appendonly")
+        .arg("appendfsync")
+        .arg("maxmemory-policy")
+        .query_async(conn)
+        .await;
+    let Ok(settings) = settings else {
+        return vec![
+            "the ledger's Redis does not show its configuration; appendonly yes, appendfsync always and \
+             maxmemory-policy noeviction are needed"
+                .to_owned(),
+        ];
+    };
+    let wanted = [("appendonly", "yes"), ("appendfsync", "always"), ("maxmemory-policy", "noeviction")];
+    wanted
+        .into_iter()
+        .filter_map(|(name, value)| match settings.get(name) {
+            Some(found) if found == value => None,
+            found => Some(format!(
+                "the ledger's Redis has {name} {}, {value} is needed: acknowledged purchases can be lost",
+                found.map_or("unknown", String::as_str)
+            )),
+        })
+        .collect()
+}

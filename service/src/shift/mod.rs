@@ -1,0 +1,16 @@
+//! Who gives the Redis servers their roles, and when.
+//!
+//! Every server starts isolated: it refuses writes and syncs nobody. The [`Guardian`] of its partition compares
+//! it with the topology and with what the order database has stored, and only then makes it the master, at an
+//! epoch of its own. A server whose past is in doubt stays out until somebody decides with `seckill ledger
+//! adopt`: see [`Recovery`].
+
+mod guardian;
+mod ledger;
+mod reclaim;
+mod verdict;
+
+pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError};
+pub use ledger::{InitError, Ledger, LedgerError};
+pub use reclaim::{AdoptReport, PaidWithoutClaim, Recovery};
+pub use verdict::InitPolicy;
