@@ -203,17 +203,8 @@ impl SaleSpec {
     /// `reference`, `ends_at`, `per_user_limit` and `payment_ttl_s` (which counts for later purchases), because
     /// what people were shown when they bought has to stay true. Quantity changes go through the stock call.
     pub fn patched(mut self, patch: SalePatch, started: bool) -> Result<SaleSpec, InvalidSale> {
-        if started {
-            let frozen = [
-                ("price", patch.price.is_some()),
-                ("starts_at", patch.starts_at.is_some()),
-                ("discount", patch.discount.is_some()),
-                ("min_amount", patch.min_amount.is_some()),
-                ("valid_until", patch.valid_until.is_some()),
-            ];
-            if let Some((field, _)) = frozen.into_iter().find(|(_, given)| *given) {
-                return Err(InvalidSale::Started(field));
-            }
+        if started && let Some(field) = patch.frozen_after_start() {
+            return Err(InvalidSale::Started(field));
         }
         self.title = patch.title.unwrap_or(self.title);
         self.reference = patch.reference.or(self.reference);
@@ -270,6 +261,21 @@ pub struct SalePatch {
     /// Coupons, before the start only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub valid_until: Option<Millis>,
+}
+
+impl SalePatch {
+    /// A field of this change that may change before the sale's start only, if there is one.
+    pub fn frozen_after_start(&self) -> Option<&'static str> {
+        [
+            ("price", self.price.is_some()),
+            ("starts_at", self.starts_at.is_some()),
+            ("discount", self.discount.is_some()),
+            ("min_amount", self.min_amount.is_some()),
+            ("valid_until", self.valid_until.is_some()),
+        ]
+        .into_iter()
+        .find_map(|(field, given)| given.then_some(field))
+    }
 }
 
 /// What the ledger holds of a sale's course; the window is checked beside it.

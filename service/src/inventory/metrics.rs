@@ -1,0 +1,60 @@
+//! What the lanes and snapshots count.
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+
+/// Counters and gauges of the inventory.
+#[derive(Debug, Default)]
+pub struct InventoryMetrics {
+    /// Calls of `reserve`.
+    pub batches: Counter,
+    /// Purchases in those calls.
+    pub batched: Counter,
+    /// Calls whose outcome was unknown and that were sent again under the same keys.
+    pub unknown: Counter,
+    /// Purchases turned away because a lane was full or their deadline had passed.
+    pub overloaded: Counter,
+    /// Purchases answered by a sold-out marker.
+    pub marker_hits: Counter,
+    /// Purchases that wait in a lane.
+    pub waiting: Gauge,
+    /// Snapshots that failed.
+    pub snapshot_failures: Counter,
+    /// Age of the master's last heartbeat at the last snapshot, milliseconds.
+    pub snapshot_age_ms: Gauge,
+}
+
+impl InventoryMetrics {
+    /// Adds everything to a registry.
+    pub fn register(&self, registry: &mut Registry) {
+        registry.register("ledger_batches", "Calls of reserve", self.batches.clone());
+        registry.register("ledger_batched_purchases", "Purchases in calls of reserve", self.batched.clone());
+        registry.register(
+            "ledger_unknown",
+            "Calls sent again because their outcome was unknown",
+            self.unknown.clone(),
+        );
+        registry.register(
+            "lane_overloaded",
+            "Purchases that a full or late lane turned away",
+            self.overloaded.clone(),
+        );
+        registry.register(
+            "sold_out_marker_hits",
+            "Purchases answered by a sold-out marker",
+            self.marker_hits.clone(),
+        );
+        registry.register("lane_waiting_purchases", "Purchases waiting in lanes", self.waiting.clone());
+        registry.register(
+            "snapshot_failures",
+            "Snapshots of the sales that failed",
+            self.snapshot_failures.clone(),
+        );
+        registry.register(
+            "snapshot_age_milliseconds",
+            "Age of the master's last heartbeat at the last snapshot",
+            self.snapshot_age_ms.clone(),
+        );
+    }
+}

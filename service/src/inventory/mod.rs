@@ -1,0 +1,171 @@
+//! The inventory: what is on sale, and who gets it.
+//!
+//! A purchase goes through [`Inventory::purchase`]: the sold-out marker of its sale ([`sold_out`]), then a lane
+//! ([`lane`]) that decides it in a batch with others in one call of the ledger. Reads come from a snapshot in
+//! this process ([`snapshot`]). What the shop does to its sales goes through [`sales`].
+
+mod connection;
+mod error;
+mod lane;
+mod metrics;
+mod sales;
+mod snapshot;
+mod sold_out;
+
+use std::sync::Arc;
+
+use seckill_domain::{CenterId, KeyDigest, OrderId, OrderRecord, Quantity, SaleId, Uid};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+pub use connection::{LedgerPool, ledger_pool};
+pub use error::{PurchaseError, SaleError, Unavailable};
+pub use metrics::InventoryMetrics;
+pub use sales::{Archived, Created, SaleChanged, StockChanged};
+pub use snapshot::{SaleView, SalesView};
+
+use crate::config::{InventoryConfig, LedgerConfig};
+use crate::topology::{Authority, TopologyHandle};
+
+/// The one inventory partition that exists for now.
+const PARTITION: u8 = 0;
+
+/// A purchase as a buyer asks for it.
+#[derive(Debug, Clone)]
+pub struct Purchase {
+    /// Who buys.
+    pub uid: Uid,
+    /// Which sale.
+    pub sale_id: SaleId,
+    /// Digest of the idempotency key.
+    pub key: KeyDigest,
+    /// How many units.
+    pub quantity: Quantity,
+    /// W3C trace context, validated.
+    pub traceparent: Option<Box<str>>,
+}
+
+/// An accepted purchase. Its order may not be stored yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accepted {
+    /// The order.
+    pub order_id: OrderId,
+    /// Whether an earlier call under the same key was the one that was accepted.
+    pub replayed: bool,
+    /// Where the order is kept.
+    pub home_center: CenterId,
+}
+
+/// The inventory as every part of the service uses it. Clones share everything.
+#[derive(Clone)]
+pub struct Inventory(Arc<Inner>);
+
+struct Inner {
+    lanes: lane::Lanes,
+    sold_out: Arc<sold_out::SoldOut>,
+    snapshots: watch::Receiver<u64>,
+    view: Arc<arc_swap::ArcSwap<SalesView>>,
+    pool: LedgerPool,
+    topology: TopologyHandle,
+    authority: Authority,
+    metrics: Arc<InventoryMetrics>,
+    retry_window_ms: u64,
+}
+
+/// What an inventory is started with.
+pub struct Parts<'a> {
+    /// The Redis servers of this center.
+    pub ledger: &'a LedgerConfig,
+    /// Lanes and snapshots.
+    pub inventory: &'a InventoryConfig,
+    /// How long after its end a sale's buyers may retry, ms; it is not archived before.
+    pub retry_window_ms: u64,
+    /// Who is at home where.
+    pub topology: TopologyHandle,
+    /// Whether, and under which fence, this service may write.
+    pub authority: Authority,
+}
+
+impl Inventory {
+    /// Starts the lanes, the snapshots and the sold-out index. They end with `stop`; the lanes first finish
+    /// what they hold.
+    pub fn start(
+        parts: &Parts<'_>,
+        tracker: &TaskTracker,
+        stop: &CancellationToken,
+    ) -> Result<Inventory, Unavailable> {
+        let url = parts.ledger.partitions.first().map_or("", |url| url.as_str());
+        let target = connection::Target::new(url, parts.ledger.response_timeout_ms)?;
+        let pool = ledger_pool(url, parts.ledger)?;
+        let metrics = Arc::new(InventoryMetrics::default());
+        let (view, snapshots) = snapshot::start(
+            &target,
+            parts.inventory,
+            parts.authority.clone(),
+            Arc::clone(&metrics),
+            tracker,
+            stop,
+        );
+        let sold_out =
+            sold_out::SoldOut::start(&target, parts.inventory.winners_max, Arc::clone(&view), tracker, stop);
+        let lanes = lane::Lanes::start(
+            &target,
+            parts.inventory,
+            &parts.authority,
+            &parts.topology,
+            &sold_out,
+            &metrics,
+            tracker,
+            stop,
+        );
+        Ok(Inventory(Arc::new(Inner {
+            lanes,
+            sold_out,
+            snapshots,
+            view,
+            pool,
+            topology: parts.topology.clone(),
+            authority: parts.authority.clone(),
+            metrics,
+            retry_window_ms: parts.retry_window_ms,
+        })))
+    }
+
+    /// Decides a purchase. The future may be dropped at any time: a lane that has the purchase finishes it, and
+    /// the same key finds the result.
+    pub async fn purchase(&self, purchase: Purchase) -> Result<Accepted, PurchaseError> {
+        if self.0.sold_out.rejects(&purchase) {
+            self.0.metrics.marker_hits.inc();
+            return Err(PurchaseError::SoldOut);
+        }
+        self.0.lanes.purchase(purchase).await
+    }
+
+    /// The sales as the last snapshot saw them.
+    pub fn sales(&self) -> Arc<SalesView> {
+        self.0.view.load_full()
+    }
+
+    /// Changes whenever a snapshot found that a sale had changed.
+    pub fn subscribe(&self) -> watch::Receiver<u64> {
+        self.0.snapshots.clone()
+    }
+
+    /// Looks for an accepted order that may not be stored yet.
+    pub async fn find_queued(&self, order_id: OrderId) -> Result<Option<OrderRecord>, Unavailable> {
+        let mut conn = self.0.pool.get().await?;
+        let epoch = self.0.topology.current().epoch.0;
+        Ok(seckill_ledger::outbox::find_order(&mut conn, epoch, order_id).await?)
+    }
+
+    /// Connections for work off the purchase path.
+    pub fn pool(&self) -> &LedgerPool {
+        &self.0.pool
+    }
+
+    /// Counters and gauges of the lanes and snapshots.
+    pub fn metrics(&self) -> &InventoryMetrics {
+        &self.0.metrics
+    }
+}
