@@ -1,6 +1,8 @@
 //! seckill: decides once, without overselling, who gets the units of a flash sale.
 
+pub mod admission;
 pub mod config;
 pub mod inventory;
 pub mod orders;
+pub mod telemetry;
 pub mod topology;
