@@ -14,12 +14,19 @@ local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
 local known = redis.call('HMGET', KEYS[6], 'state', 'version', 'ends')
 if not known[1] then
   return {'NOT_FOUND'}
 end
 if known[1] == 'archived' then
   return {'SAME', tonumber(known[2])}
+end
+if not tonumber(known[2]) then
+  return damaged('sale ' .. ARGV[2] .. ' has no version')
 end
 local now = ledger_time(state_of[2])
 local ends = tonumber(known[3])
@@ -34,9 +41,9 @@ if touched ~= ARGV[5] then
   return {'CHANGED', tonumber(touched) or 0}
 end
 
-local seq = (tonumber(state_of[3]) or 0) + 1
+local seq = last + 1
 local version = known[2] + 1
--- These two first: a key of the wrong type stops the script before anything counts.
+-- These two first, in this order: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
   'v', '1', 'k', 'state', 's', ARGV[2], 'a', now, 'o', 'archived')

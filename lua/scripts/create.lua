@@ -13,6 +13,10 @@ local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
 local known = redis.call('HMGET', KEYS[6], 'state', 'digest', 'version')
 if known[1] then
   if known[2] == ARGV[4] then
@@ -22,8 +26,8 @@ if known[1] then
 end
 
 local now = ledger_time(state_of[2])
-local seq = (tonumber(state_of[3]) or 0) + 1
--- These two first: a key of the wrong type stops the script before anything counts.
+local seq = last + 1
+-- These two first, in this order: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
   'v', '1', 'k', 'sale', 's', ARGV[2], 'a', now, 'o', ARGV[5])

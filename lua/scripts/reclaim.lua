@@ -19,8 +19,17 @@ local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
 local sale = redis.call('HMGET', KEYS[6], 'state', 'remaining', 'claimed', 'accepted', 'limit')
 local missing = not sale[1] or sale[1] == 'archived'
+for i = 2, missing and 0 or 5 do
+  if not tonumber(sale[i]) then
+    return damaged('sale ' .. ARGV[2] .. ' lacks a number')
+  end
+end
 local remaining, limit = tonumber(sale[2]) or 0, tonumber(sale[5]) or 0
 local entries = (#ARGV - FIRST + 1) / 2
 local uids = {}
@@ -70,8 +79,8 @@ end
 
 if orders > 0 then
   local now = ledger_time(state_of[2])
-  local seq = (tonumber(state_of[3]) or 0) + 1
-  -- These two first: a key of the wrong type stops the script before anything counts.
+  local seq = last + 1
+  -- These two first, in this order: a key of the wrong type stops the script before anything counts.
   redis.call('ZADD', KEYS[5], seq, ARGV[2])
   redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
     'v', '1', 'k', 'reclaimed', 's', ARGV[2], 'a', now, 'o', orders)

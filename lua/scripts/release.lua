@@ -16,7 +16,16 @@ local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
-local sale = redis.call('HMGET', KEYS[6], 'remaining', 'claimed', 'released', 'revision')
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
+local sale = redis.call('HMGET', KEYS[6], 'remaining', 'claimed', 'released', 'revision', 'state')
+for i = 1, sale[5] and 4 or 0 do
+  if not tonumber(sale[i]) then
+    return damaged('sale ' .. ARGV[2] .. ' lacks a number')
+  end
+end
 local entries = (#ARGV - FIRST + 1) / 3
 local uids = {}
 for i = 1, entries do
@@ -32,7 +41,8 @@ for i = 1, entries do
   local uid = uids[i]
   local order = ARGV[FIRST + 3 * i - 2]
   local head, sequence = sub(order, 1, 4), sub(order, 5, 9)
-  local claims = latest[uid] or before[i]
+  -- Without its sale a claim is of no use: it stays as it is.
+  local claims = sale[5] and (latest[uid] or before[i])
   local code = 'U'
   if claims then
     for at = 1, #claims, CLAIM_BYTES do
@@ -57,9 +67,9 @@ end
 
 if #writes > 0 then
   local now = ledger_time(state_of[2])
-  local seq = (tonumber(state_of[3]) or 0) + 1
+  local seq = last + 1
   local revision = sale[4] + 1
-  -- These two first: a key of the wrong type stops the script before anything counts.
+  -- These two first, in this order: a key of the wrong type stops the script before anything counts.
   redis.call('ZADD', KEYS[5], seq, ARGV[2])
   redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
     'v', '1', 'k', 'released', 's', ARGV[2], 'a', now, 'o', table.concat(lines))

@@ -23,16 +23,22 @@
 
 local FIRST = 5 -- index of the first entry's uid in ARGV
 local CLAIM_BYTES = 29
--- How many claims beyond the limit a user may leave behind by giving units back again and again.
+-- How many claims a user may leave behind: some beyond the limit, for units that were given back, but never so
+-- many that reading them slows everybody down.
 local SPARE_CLAIMS = 64
+local MAX_CLAIMS = 1024
 local MAX_SEQ = 9999999999
 
 local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
 local now = ledger_time(state_of[2])
-local seq = tonumber(state_of[3]) or 0
+local seq = last
 local entries = (#ARGV - FIRST + 1) / 3
 if seq + entries > MAX_SEQ then
   return {'SEQUENCE_EXHAUSTED'}
@@ -40,10 +46,14 @@ end
 
 local sale = redis.call('HMGET', KEYS[6],
   'state', 'starts', 'ends', 'limit', 'remaining', 'claimed', 'accepted', 'revision', 'terms')
-local starts = tonumber(sale[2]) or 0
-local ends = tonumber(sale[3])
-local limit = tonumber(sale[4]) or 0
-local remaining = tonumber(sale[5]) or 0
+local starts, ends, limit = tonumber(sale[2]), tonumber(sale[3]), tonumber(sale[4])
+local remaining, claimed_before = tonumber(sale[5]), tonumber(sale[6])
+local accepted_before, revision = tonumber(sale[7]), tonumber(sale[8])
+if not sale[1] then
+  revision = 0
+elseif not (starts and limit and remaining and claimed_before and accepted_before and revision and sale[9]) then
+  return damaged('sale ' .. ARGV[2] .. ' lacks a field')
+end
 local closed
 if not sale[1] or sale[1] == 'archived' then
   closed = 'N'
@@ -55,6 +65,7 @@ elseif sale[1] == 'ended' or (ends and now >= ends) then
   closed = 'E'
 end
 
+local most_claims = math.min((limit or 0) + SPARE_CLAIMS, MAX_CLAIMS) * CLAIM_BYTES
 local uids = {}
 for i = 1, entries do
   uids[i] = ARGV[FIRST + 3 * (i - 1)]
@@ -97,7 +108,7 @@ for i = 1, entries do
         held = held + claimed
       end
     end
-    if not code and #claims / CLAIM_BYTES >= limit + SPARE_CLAIMS then
+    if not code and #claims >= most_claims then
       held = limit
     end
   end
@@ -137,12 +148,13 @@ for i = 1, entries do
 end
 
 if accepted > 0 then
-  -- These two first: a key of the wrong type stops the script before anything counts.
+  -- These two first, in this order: a key of the wrong type stops the script before anything counts.
   redis.call('ZADD', KEYS[5], seq, ARGV[2])
   redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
     'v', '1', 'k', 'orders', 's', ARGV[2], 't', sale[9], 'a', now, 'o', table.concat(lines))
   redis.call('HSET', KEYS[7], unpack(writes))
-  redis.call('HSET', KEYS[6], 'remaining', remaining, 'claimed', sale[6] + units, 'accepted', sale[7] + accepted)
+  redis.call('HSET', KEYS[6], 'remaining', remaining,
+    'claimed', claimed_before + units, 'accepted', accepted_before + accepted)
   redis.call('MSET', KEYS[2], now, KEYS[3], seq)
 end
-return {'OK', seq, now, tonumber(sale[8]) or 0, table.concat(codes), table.concat(extras)}
+return {'OK', seq, now, revision, table.concat(codes), table.concat(extras)}

@@ -10,7 +10,10 @@ local time = redis.call('TIME')
 local changed = redis.call('ZRANGEBYSCORE', KEYS[4], '(' .. ARGV[1], '+inf', 'WITHSCORES', 'LIMIT', 0, ARGV[2])
 local sales = {}
 for i = 1, #changed, 2 do
-  local sale = redis.call('HGETALL', ARGV[3] .. changed[i])
+  local sale = redis.pcall('HGETALL', ARGV[3] .. changed[i])
+  if sale.err then
+    sale = {} -- a key of the wrong type must not hide the other sales
+  end
   table.insert(sale, 1, changed[i + 1])
   table.insert(sale, 1, changed[i])
   sales[#sales + 1] = sale

@@ -11,9 +11,16 @@ local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
 local known = redis.call('HMGET', KEYS[6], 'state', 'version', 'starts', 'ends')
 if not known[1] or known[1] == 'archived' then
   return {'NOT_FOUND'}
+end
+if not tonumber(known[2]) or not tonumber(known[3]) then
+  return damaged('sale ' .. ARGV[2] .. ' has no version or start')
 end
 if known[1] == ARGV[4] then
   return {'SAME', tonumber(known[2])}
@@ -23,9 +30,9 @@ if known[1] == 'ended' then
 end
 
 local now = ledger_time(state_of[2])
-local seq = (tonumber(state_of[3]) or 0) + 1
+local seq = last + 1
 local version = known[2] + 1
--- These two first: a key of the wrong type stops the script before anything counts.
+-- These two first, in this order: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
   'v', '1', 'k', 'state', 's', ARGV[2], 'a', now, 'o', ARGV[4])

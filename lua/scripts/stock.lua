@@ -16,9 +16,18 @@ local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
   return refusal(state_of[1], ARGV[1])
 end
+local last = tonumber(state_of[3])
+if not last then
+  return damaged('the ledger has a fence but no sequence')
+end
 local known = redis.call('HMGET', KEYS[6], 'state', 'total', 'remaining', 'version', 'revision')
 if not known[1] or known[1] == 'archived' then
   return {'NOT_FOUND'}
+end
+for i = 2, 5 do
+  if not tonumber(known[i]) then
+    return damaged('sale ' .. ARGV[2] .. ' lacks a number')
+  end
 end
 local earlier = redis.call('HGET', KEYS[7], ARGV[5])
 if earlier then
@@ -44,9 +53,9 @@ if redis.call('HLEN', KEYS[7]) >= MAX_CHANGES then
 end
 
 local now = ledger_time(state_of[2])
-local seq = (tonumber(state_of[3]) or 0) + 1
+local seq = last + 1
 local version, revision = known[4] + 1, known[5] + 1
--- These two first: a key of the wrong type stops the script before anything counts.
+-- These two first, in this order: a key of the wrong type stops the script before anything counts.
 redis.call('ZADD', KEYS[5], seq, ARGV[2])
 redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
   'v', '1', 'k', 'stock', 's', ARGV[2], 'a', now, 'o', ARGV[6])

@@ -15,7 +15,8 @@ use crate::scripts::{BARRIER, FENCE, RECLAIM, TRIM};
 pub enum FenceChange {
     /// An empty Redis becomes a ledger.
     Init,
-    /// Whatever this ledger's past is, it is the truth from here on.
+    /// Whatever this ledger's past is, it is the truth from here on. The new epoch must be later than any epoch
+    /// of the topology and of every stored outbox position, too: an older ledger does not know those.
     Adopt,
     /// The next epoch begins; this fence must be there.
     Lift {
@@ -43,9 +44,9 @@ pub enum FenceOutcome {
         /// What was found.
         found: Option<String>,
     },
-    /// The outbox has entries of that epoch or a later one.
+    /// The fence or the outbox has reached that epoch or a later one: ids could repeat. Take a later one.
     EpochTooLow {
-        /// The last entry's epoch.
+        /// The epoch that was reached.
         last: u64,
     },
 }
@@ -68,7 +69,7 @@ impl FenceOutcome {
 }
 
 /// The arguments of the fence script behind its number of keys.
-pub(crate) fn fence_args(change: &FenceChange, to: &Fence) -> [String; 9] {
+pub(crate) fn fence_args(change: &FenceChange, to: &Fence, check_only: bool) -> [String; 10] {
     let (how, from) = match change {
         FenceChange::Init => ("init", String::new()),
         FenceChange::Adopt => ("adopt", String::new()),
@@ -84,6 +85,7 @@ pub(crate) fn fence_args(change: &FenceChange, to: &Fence) -> [String; 9] {
         to.epoch.to_string(),
         keys::NEWS.to_owned(),
         from,
+        if check_only { "check".to_owned() } else { String::new() },
     ]
 }
 
@@ -94,7 +96,7 @@ pub async fn set_fence(
     to: &Fence,
 ) -> Result<FenceOutcome, Error> {
     let mut call = FENCE.call(4);
-    for arg in fence_args(change, to) {
+    for arg in fence_args(change, to, false) {
         call.push(arg);
     }
     FenceOutcome::parse(Reply::parse(call.run(conn).await?)?)
@@ -110,15 +112,18 @@ pub async fn barrier(conn: &mut impl ConnectionLike, fence: &Fence) -> Result<Mi
     }
 }
 
-/// Drops outbox entries before `keep_from`, in whole stream nodes, some thousand a call. Returns how many.
+/// Drops outbox entries before `keep_from`, in whole stream nodes, some thousand a call; the newest entry always
+/// stays. Returns how many were dropped: call again until that is 0.
 pub async fn trim(conn: &mut impl ConnectionLike, fence: &Fence, keep_from: OutboxId) -> Result<u64, Error> {
     let call = TRIM
         .call(3)
         .arg(keys::FENCE)
-        .arg(keys::CLOCK)
+        .arg(keys::SEQ)
         .arg(keys::OUTBOX)
         .arg(fence.to_string())
-        .arg(keep_from.to_string());
+        .arg(fence.epoch.0)
+        .arg(keep_from.epoch)
+        .arg(keep_from.seq);
     let mut reply = Reply::parse(call.run(conn).await?)?;
     match reply.code.as_str() {
         "OK" => reply.number(),

@@ -52,6 +52,10 @@ pub enum Error {
     /// The server refused before it ran anything: loading, busy, misconfigured, an unknown command.
     #[error("Redis refused the call: {0}")]
     Rejected(String),
+    /// A key of the ledger is missing, or holds what this crate never writes there. Found before anything was
+    /// decided; somebody has to look at the server's data.
+    #[error("the ledger is damaged: {0}")]
+    Damaged(String),
     /// No answer: timed out, connection lost, or the script died half-way.
     #[error("no answer from Redis: {0}")]
     NoAnswer(#[source] RedisError),
@@ -64,7 +68,9 @@ impl Error {
     /// Whether the call may have changed the ledger.
     pub fn executed(&self) -> Executed {
         match self {
-            Error::Refused(_) | Error::ReadOnly | Error::Full | Error::Rejected(_) => Executed::No,
+            Error::Refused(_) | Error::ReadOnly | Error::Full | Error::Rejected(_) | Error::Damaged(_) => {
+                Executed::No
+            }
             Error::NoAnswer(_) | Error::Malformed(_) => Executed::Unknown,
         }
     }
@@ -77,6 +83,8 @@ impl From<RedisError> for Error {
         match code {
             "READONLY" => return Error::ReadOnly,
             "OOM" => return Error::Full,
+            // Every script meets a key of the wrong type before its first write that counts.
+            "DAMAGED" | "WRONGTYPE" => return Error::Damaged(error.to_string()),
             "LOADING" | "BUSY" | "MISCONF" | "MASTERDOWN" | "NOREPLICAS" | "NOAUTH" | "NOPERM"
             | "NOSCRIPT" | "EXECABORT" | "WRONGPASS" => {
                 return Error::Rejected(error.to_string());
@@ -92,6 +100,7 @@ impl From<RedisError> for Error {
                 | ServerErrorKind::NoPerm,
             )
             | ErrorKind::AuthenticationFailed
+            | ErrorKind::RESP3NotSupported
             | ErrorKind::InvalidClientConfig => Error::Rejected(error.to_string()),
             ErrorKind::Server(ServerErrorKind::ReadOnly) => Error::ReadOnly,
             // A refused connection never carried the call.

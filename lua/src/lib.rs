@@ -19,6 +19,8 @@ mod reserve;
 pub mod roles;
 mod sales;
 mod scripts;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 
 pub use error::{Error, Executed, Refusal};
 pub use fence::{Fence, InvalidFence, LedgerId, SCHEMA};

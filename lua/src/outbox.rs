@@ -107,7 +107,8 @@ pub async fn read(conn: &mut impl ConnectionLike, after: OutboxId, count: usize)
 }
 
 /// Waits until there is an entry after an id, at most `block_ms`. The connection must not be shared: it is held
-/// up meanwhile. Returns whether there is one.
+/// up meanwhile, and its response timeout must be longer (the `redis` crate's default is 500 ms). Returns whether
+/// there is one.
 pub async fn wait_for_entry(
     conn: &mut impl ConnectionLike,
     after: OutboxId,
@@ -295,6 +296,9 @@ fn parse_orders(
     terms: &Arc<SaleTerms>,
     accepted_at: Millis,
 ) -> Result<Vec<OrderRecord>, String> {
+    if !content.ends_with('\n') {
+        return Err("order lines that end too early".to_owned());
+    }
     let count = content.bytes().filter(|byte| *byte == b'\n').count() as u64;
     let mut seq = id.seq.checked_sub(count).ok_or_else(|| "more orders than its sequence".to_owned())?;
     let mut orders = Vec::with_capacity(usize::try_from(count).unwrap_or(0));

@@ -55,7 +55,10 @@ pub struct Snapshot {
     pub unreadable: Vec<(String, String)>,
 }
 
-/// Reads at most `limit` sales that changed after sequence `since`.
+/// Reads at most `limit` sales that changed after sequence `since`; go on with the last one's `touched`.
+///
+/// A sequence belongs to the fence under which it was seen: an adopted ledger may have started again lower down,
+/// so begin at 0 when [`Snapshot::fence`] is another than before.
 pub async fn snapshot(conn: &mut impl ConnectionLike, since: u64, limit: usize) -> Result<Snapshot, Error> {
     let call = SNAPSHOT
         .call(4)
@@ -96,7 +99,7 @@ pub async fn snapshot(conn: &mut impl ConnectionLike, since: u64, limit: usize) 
 
 /// One sale, archived ones included.
 pub async fn sale(conn: &mut impl ConnectionLike, id: &SaleId) -> Result<Option<Sale>, Error> {
-    let (fields, touched): (Value, Option<String>) = redis::pipe()
+    let (fields, touched): (Value, Option<f64>) = redis::pipe()
         .atomic()
         .cmd("HGETALL")
         .arg(keys::sale(id))
@@ -109,7 +112,7 @@ pub async fn sale(conn: &mut impl ConnectionLike, id: &SaleId) -> Result<Option<
         (Value::Array(fields), _) if fields.is_empty() => Ok(None),
         (Value::Map(fields), _) if fields.is_empty() => Ok(None),
         (_, None) => Err(Error::Malformed(format!("sale {id} has no change number"))),
-        (_, Some(touched)) => parse_sale(fields, parse(&touched)?).map(Some),
+        (_, Some(touched)) => parse_sale(fields, touched as u64).map(Some),
     }
 }
 

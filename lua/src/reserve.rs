@@ -12,6 +12,9 @@ use crate::scripts::RESERVE;
 /// Entries in one call at most. Lua's `unpack` bears 8,000 values; a call of this size takes Redis about 1 ms.
 pub const MAX_BATCH: usize = 1024;
 
+/// The longest trace context that goes into a record: version 00 of `traceparent`.
+const MAX_TRACEPARENT: usize = 55;
+
 /// One purchase.
 #[derive(Debug, Clone)]
 pub struct ReserveEntry {
@@ -23,7 +26,8 @@ pub struct ReserveEntry {
     pub quantity: Quantity,
     /// The buyer's home center, for the order id.
     pub center: CenterNumber,
-    /// W3C trace context, copied into the outbox record: at most 55 visible ASCII characters.
+    /// W3C trace context, copied into the outbox record if it is at most 55 visible ASCII characters, else left
+    /// out.
     pub traceparent: Option<Box<str>>,
 }
 
@@ -159,7 +163,11 @@ fn write_line(line: &mut Vec<u8>, id_head: u32, entry: &ReserveEntry) {
     }
     line.push(b' ');
     line.extend_from_slice(entry.uid.as_str().as_bytes());
-    if let Some(traceparent) = &entry.traceparent {
+    // What would tear the record apart is not worth keeping.
+    if let Some(traceparent) = &entry.traceparent
+        && (1..=MAX_TRACEPARENT).contains(&traceparent.len())
+        && traceparent.bytes().all(|byte| (0x21..=0x7e).contains(&byte))
+    {
         line.push(b' ');
         line.extend_from_slice(traceparent.as_bytes());
     }

@@ -100,7 +100,8 @@ pub async fn standing(conn: &mut impl ConnectionLike) -> Result<Standing, Error>
 /// Makes a server the master and sets its fence in the same `MULTI`, if its fence is still `expected` (S2). No
 /// write can come between the two. The connection must not be shared: `WATCH` belongs to it.
 ///
-/// `None` means that the fence changed meanwhile and nothing happened.
+/// `None` means that the fence is not, or no longer, the expected one. Then, and with every outcome but
+/// [`FenceOutcome::Set`] and [`FenceOutcome::Same`], nothing happened: the server keeps its role.
 pub async fn promote(
     conn: &mut impl ConnectionLike,
     expected: Option<&str>,
@@ -108,15 +109,19 @@ pub async fn promote(
     to: &Fence,
 ) -> Result<Option<FenceOutcome>, Error> {
     redis::cmd("WATCH").arg(keys::FENCE).query_async::<()>(conn).await?;
-    let found: Option<String> = redis::cmd("GET").arg(keys::FENCE).query_async(conn).await?;
-    if found.as_deref() != expected {
-        redis::cmd("UNWATCH").query_async::<()>(conn).await?;
-        return Ok(None);
+    // Decided before the role changes: a script that refuses inside MULTI would leave a master behind that
+    // still carries the old fence.
+    match foresee(conn, expected, change, to).await {
+        Ok(Some(FenceOutcome::Set | FenceOutcome::Same)) => {}
+        answer => {
+            redis::cmd("UNWATCH").query_async::<()>(conn).await?;
+            return answer;
+        }
     }
     let mut pipe = redis::pipe();
     pipe.atomic().cmd("REPLICAOF").arg("NO").arg("ONE").ignore();
     let eval = pipe.cmd("EVAL").arg(FENCE.text_without_shebang()).arg(4);
-    for arg in fence_args(change, to) {
+    for arg in fence_args(change, to, false) {
         eval.arg(arg);
     }
     let answer: Option<Vec<Value>> = pipe.query_async(conn).await?;
@@ -127,6 +132,25 @@ pub async fn promote(
             FenceOutcome::parse(Reply::parse(value)?).map(Some)
         }
     }
+}
+
+/// What the fence script would answer, without a write; `None` if the fence is not the expected one.
+async fn foresee(
+    conn: &mut impl ConnectionLike,
+    expected: Option<&str>,
+    change: &FenceChange,
+    to: &Fence,
+) -> Result<Option<FenceOutcome>, Error> {
+    let found: Option<String> = redis::cmd("GET").arg(keys::FENCE).query_async(conn).await?;
+    if found.as_deref() != expected {
+        return Ok(None);
+    }
+    let mut eval = redis::cmd("EVAL");
+    eval.arg(FENCE.text_without_writes()).arg(4);
+    for arg in fence_args(change, to, true) {
+        eval.arg(arg);
+    }
+    FenceOutcome::parse(Reply::parse(eval.query_async(conn).await?)?).map(Some)
 }
 
 /// Puts a server out of harm's way: it takes no writes and gives nobody its data, whatever it held.

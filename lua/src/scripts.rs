@@ -29,6 +29,11 @@ impl Script {
         Call { script: self, cmd }
     }
 
+    /// The text as a script that promises to write nothing, and so runs on a replica too.
+    pub(crate) fn text_without_writes(&self) -> String {
+        format!("#!lua flags=no-writes,allow-stale\n{}", self.text_without_shebang())
+    }
+
     /// The text without its `#!lua` line: a script that makes no promises and so may be queued in `MULTI` on
     /// a replica, behind the command that ends its being one.
     pub(crate) fn text_without_shebang(&self) -> &str {
@@ -55,10 +60,11 @@ impl Call {
     /// Sends the call; a server that does not know the script (restarted, flushed) is given its text.
     /// `NOSCRIPT` means that nothing ran, so the second attempt is safe.
     pub(crate) async fn run(&self, conn: &mut impl ConnectionLike) -> Result<Value, Error> {
-        match conn.req_packed_command(&self.cmd).await {
+        // Not `req_packed_command`: that hands an error reply over as a value.
+        match self.cmd.query_async(conn).await {
             Err(error) if is_noscript(&error) => {
                 load(conn, self.script).await?;
-                Ok(conn.req_packed_command(&self.cmd).await?)
+                Ok(self.cmd.query_async(conn).await?)
             }
             answer => Ok(answer?),
         }
@@ -70,8 +76,7 @@ pub(crate) fn is_noscript(error: &RedisError) -> bool {
 }
 
 async fn load(conn: &mut impl ConnectionLike, script: &Script) -> Result<(), Error> {
-    conn.req_packed_command(redis::cmd("SCRIPT").arg("LOAD").arg(&script.text)).await?;
-    Ok(())
+    Ok(redis::cmd("SCRIPT").arg("LOAD").arg(&script.text).query_async(conn).await?)
 }
 
 macro_rules! scripts {

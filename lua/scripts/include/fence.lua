@@ -19,6 +19,11 @@ local function refusal(found, given)
   return {'STALE_EPOCH', epoch}
 end
 
+-- A ledger that lacks what every write leaves behind. Found before the first write: nothing has happened.
+local function damaged(what)
+  return redis.error_reply('DAMAGED ' .. what)
+end
+
 -- Milliseconds since 1970, never less than the last time the ledger has stored: a sale does not re-open
 -- because the clock of a new master is behind.
 local function ledger_time(stored)

@@ -10,8 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub struct Millis(pub i64);
 
 impl Millis {
-    /// The last millisecond of the year 9999, the end of what RFC 3339 can name.
-    pub const MAX: Millis = Millis(253_402_300_799_999);
+    /// 9999-12-30T22:00:00.999Z, the last point that can be named in every time zone: what RFC 3339 can name
+    /// and `jiff` reads back.
+    pub const MAX: Millis = Millis(253_402_207_200_999);
 
     /// This point plus some milliseconds, never past [`Millis::MAX`].
     pub fn plus_ms(self, ms: i64) -> Millis {
@@ -92,6 +93,13 @@ impl Clock for ManualClock {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_moment_survives_json() {
+        let json = serde_json::to_string(&Millis(5).plus_ms(i64::MAX)).unwrap();
+        assert_eq!(serde_json::from_str::<Millis>(&json).unwrap(), Millis::MAX);
+        assert!(jiff::Timestamp::from_millisecond(Millis::MAX.0 + 1).is_err());
+    }
 
     #[test]
     fn json_shows_rfc_3339_with_milliseconds() {

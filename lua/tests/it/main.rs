@@ -1,0 +1,4 @@
+//! The ledger against a real redis-server.
+
+mod purchases;
+mod support;
