@@ -4,5 +4,6 @@ pub mod admission;
 pub mod config;
 pub mod inventory;
 pub mod orders;
+pub mod shift;
 pub mod telemetry;
 pub mod topology;
