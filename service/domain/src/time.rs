@@ -10,9 +10,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub struct Millis(pub i64);
 
 impl Millis {
-    /// 9999-12-30T22:00:00.999Z, the last point that can be named in every time zone: what RFC 3339 can name
+    /// 9999-12-30T22:00:00Z, the last point that can be named in every time zone: what RFC 3339 can name
     /// and `jiff` reads back.
-    pub const MAX: Millis = Millis(253_402_207_200_999);
+    pub const MAX: Millis = Millis(253_402_207_200_000);
 
     /// This point plus some milliseconds, never past [`Millis::MAX`].
     pub fn plus_ms(self, ms: i64) -> Millis {
