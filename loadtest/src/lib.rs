@@ -14,6 +14,7 @@ pub mod books;
 pub mod buyers;
 pub mod cli;
 pub mod client;
+pub mod connections;
 pub mod outcome;
 pub mod record;
 pub mod report;

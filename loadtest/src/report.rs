@@ -16,6 +16,17 @@ pub const SCHEMA_VERSION: u32 = 1;
 /// Seconds kept one by one; a longer run keeps its first two hours.
 pub const INTERVALS_KEPT: usize = 7200;
 
+/// Codes that no flash sale answers to a buyer who does everything right.
+const MISFITS: [&str; 7] = [
+    "unauthenticated",
+    "forbidden",
+    "bad_request",
+    "sale_not_found",
+    "idempotency_key_missing",
+    "idempotency_key_reused",
+    "http_404",
+];
+
 /// How a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -115,6 +126,14 @@ impl Report {
                 self.scenario.connections,
                 self.generator.sent_in_time * 100.0
             ));
+        }
+        for outcome in &self.outcomes {
+            if MISFITS.contains(&outcome.code.as_str()) {
+                self.notes.push(format!(
+                    "{} requests ended with {}: does the scenario fit the target?",
+                    outcome.requests, outcome.code
+                ));
+            }
         }
         if self.offered.unsent > 0 {
             self.notes.push(format!("{} arrivals were never sent", self.offered.unsent));
@@ -232,7 +251,7 @@ pub struct Purchases {
     pub total: u64,
     /// With an order when the load had ended.
     pub accepted: u64,
-    /// Without one.
+    /// Answered, without one.
     pub refused: u64,
     /// Nobody knew when the load had ended; the books resolve them.
     pub unknown: u64,

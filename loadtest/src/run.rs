@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use crate::books::{self, Access, Opening};
 use crate::buyers::{Buyers, TokenTerms};
 use crate::client::{self, Client, Target};
-use crate::outcome::{Asked, Codes};
+use crate::outcome::{Asked, Code, Codes};
 use crate::record::{Purchase, Violations};
 use crate::report::{
     CodeReport, Environment, Generator, INTERVALS_KEPT, IntervalReport, Latency, Offered, Purchases, Report,
@@ -100,6 +100,9 @@ pub async fn run(
     }
     let opening = preflight(scenario, &targets).await?;
     let plan = Arc::new(plan(scenario, &targets, &mut progress).await?);
+    if opening.is_some() {
+        check_token(&plan, &targets).await?;
+    }
 
     let codes = Codes::default();
     let started_at = jiff::Timestamp::now();
@@ -161,6 +164,20 @@ async fn preflight(scenario: &Scenario, targets: &[Target]) -> Result<Option<Ope
         shared_sale: scenario.shared_sale,
         drain_timeout: scenario.drain_timeout,
     }))
+}
+
+/// A secret that is not the target's would make a run of nothing but 401s, with books that balance.
+async fn check_token(plan: &Plan, targets: &[Target]) -> Result<(), Error> {
+    for target in targets {
+        let mut client = Client::new(target.clone(), PREFLIGHT_TIMEOUT);
+        let answer = client.get("/v1/route", Some(&plan.buyers.token(0))).await?;
+        if matches!(answer.status, 401 | 403) {
+            let text =
+                "does not take the buyers' tokens: --token-secret-file or --kid is not what it expects";
+            return Err(Error::Mismatch(format!("{} {text} ({})", target.authority(), answer.status)));
+        }
+    }
+    Ok(())
 }
 
 async fn plan(
@@ -318,9 +335,9 @@ impl Merged {
         self.sent_in_time += outcome.sent_in_time;
         self.last_sent_ns = self.last_sent_ns.max(outcome.last_sent_ns);
         self.retries_skipped += outcome.retries_skipped;
-        self.connected += outcome.connected;
-        self.connect_errors += outcome.connect_errors;
-        self.connections_peak += outcome.connections_peak;
+        self.connected += outcome.connections.opened;
+        self.connect_errors += outcome.connections.errors;
+        self.connections_peak += outcome.connections.peak as u64;
     }
 
     fn report(
@@ -357,6 +374,7 @@ impl Merged {
             |holds: &dyn Fn(&Purchase) -> bool| self.purchases.iter().filter(|p| holds(p)).count() as u64;
         let accepted = count(&|purchase| purchase.order().is_some());
         let unknown = count(&|purchase| purchase.is_unknown());
+        let unsent = count(&|purchase| purchase.code() == Code::UNSENT);
         let sent_in_time = share(self.sent_in_time, self.arrivals);
         let reasons = selfcheck::verdict(&self.usage, sent_in_time, &self.lag_us, scenario.max_lag_ms);
         // n arrivals span n - 1 intervals; the last one's own interval belongs to it.
@@ -389,7 +407,7 @@ impl Merged {
             purchases: Purchases {
                 total: self.purchases.len() as u64,
                 accepted,
-                refused: self.purchases.len() as u64 - accepted - unknown,
+                refused: self.purchases.len() as u64 - accepted - unknown - unsent,
                 unknown,
             },
             generator: Generator {

@@ -43,6 +43,8 @@ pub(crate) enum Fault {
     Overloaded,
     /// Goes away after the fiftieth purchase.
     Dies,
+    /// Goes away after the fiftieth purchase, in the middle of what it does, and is back 300 ms later.
+    Restarts,
 }
 
 #[derive(Default)]
@@ -63,7 +65,7 @@ struct State {
 pub(crate) struct Double {
     pub(crate) url: String,
     state: Arc<Mutex<State>>,
-    accepting: AbortHandle,
+    accepting: Arc<Mutex<AbortHandle>>,
 }
 
 struct Reply {
@@ -96,25 +98,19 @@ impl Double {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let state = Arc::new(Mutex::new(State { total, limit, ..State::default() }));
-        let shared = Arc::clone(&state);
-        let accepting = tokio::spawn(async move {
-            // Connections end with the listener.
-            let mut connections = tokio::task::JoinSet::new();
-            while let Ok((stream, _)) = listener.accept().await {
-                let state = Arc::clone(&shared);
-                connections.spawn(async move {
-                    let _ = serve(stream, state, fault).await;
-                });
-            }
-        });
-        let accepting = accepting.abort_handle();
-        if fault == Fault::Dies {
-            let (state, accepting) = (Arc::clone(&state), accepting.clone());
+        let accepting = Arc::new(Mutex::new(accept(listener, Arc::clone(&state), fault)));
+        if matches!(fault, Fault::Dies | Fault::Restarts) {
+            let (state, accepting, addr) = (Arc::clone(&state), Arc::clone(&accepting), url[7..].to_owned());
             tokio::spawn(async move {
                 while state.lock().unwrap().fresh < 50 {
                     tokio::time::sleep(Duration::from_millis(5)).await;
                 }
-                accepting.abort();
+                accepting.lock().unwrap().abort();
+                if fault == Fault::Restarts {
+                    tokio::time::sleep(Duration::from_millis(300)).await;
+                    let listener = TcpListener::bind(addr).await.unwrap();
+                    *accepting.lock().unwrap() = accept(listener, state, fault);
+                }
             });
         }
         Double { url, state, accepting }
@@ -132,8 +128,22 @@ impl Double {
 
 impl Drop for Double {
     fn drop(&mut self) {
-        self.accepting.abort();
+        self.accepting.lock().unwrap().abort();
     }
+}
+
+fn accept(listener: TcpListener, state: Arc<Mutex<State>>, fault: Fault) -> AbortHandle {
+    let accepting = tokio::spawn(async move {
+        // Connections end with the listener.
+        let mut connections = tokio::task::JoinSet::new();
+        while let Ok((stream, _)) = listener.accept().await {
+            let state = Arc::clone(&state);
+            connections.spawn(async move {
+                let _ = serve(stream, state, fault).await;
+            });
+        }
+    });
+    accepting.abort_handle()
 }
 
 async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>, fault: Fault) -> std::io::Result<()> {
@@ -159,7 +169,12 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>, fault: Fault) ->
         if fault == Fault::Stalls {
             stall(&state).await;
         }
+        // Between carrying out and answering: what an abort cuts off here is unknown to the client.
+        let slow = fault == Fault::Restarts && state.lock().unwrap().fresh >= 40;
         let then = handle(&state, fault, &method, &path, &headers, &body);
+        if slow {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         match then {
             Then::Answer(Reply { status, extra, body }) => {
                 let length = body.len();
@@ -223,6 +238,12 @@ fn handle(
         let (code, then) = purchase(state, fault, headers, body);
         *state.counts.entry(code.to_owned()).or_default() += 1;
         return then;
+    }
+    if path == "/v1/route" {
+        return match user(headers) {
+            Some(uid) => answer(200, &serde_json::json!({"uid": uid})),
+            None => problem(401, "unauthenticated", false, None),
+        };
     }
     if path == sale {
         return answer(200, &serde_json::json!({"sale_id": SALE, "per_user_limit": state.limit, "new": {}}));

@@ -246,6 +246,28 @@ async fn a_target_that_dies_is_exit_code_4() {
 }
 
 #[tokio::test]
+async fn a_target_that_restarts_is_waited_for_and_its_books_balance() {
+    let double = Double::start(10_000, 1, Fault::Restarts).await;
+    let ran = loadtest(&double.url, "--rate 200 --duration 2s --max-attempts 1 --duplicates 0.2").await;
+    assert_eq!(ran.code, 0, "{}\n{}", ran.report, ran.stderr);
+    assert!(ran.outcome("connection_lost") > 0, "{}", ran.report["outcomes"]);
+    assert!(ran.number("/generator/connect_errors") > 0);
+    assert_eq!(ran.number("/books/orders"), 400);
+    assert_eq!(double.orders(), 400);
+}
+
+#[tokio::test]
+async fn a_secret_that_is_not_the_targets_is_noticed_before_the_load() {
+    let double = Double::start(10, 1, Fault::None).await;
+    let mut scenario =
+        Scenario::new(&double.url, b"another secret", seckill_domain::SaleId::new(SALE).unwrap());
+    scenario.admin = Some(Admin { url: double.url.clone(), token: ADMIN_TOKEN.to_owned() });
+    let Err(err) = seckill_loadtest::run(&scenario, |_| (), std::future::pending()).await else { panic!() };
+    assert_eq!(err.exit_code(), 64, "{err}");
+    assert!(double.counts().is_empty());
+}
+
+#[tokio::test]
 async fn a_rate_beyond_the_generator_makes_the_run_invalid() {
     let target = blaster::start();
     let args = "--rate 5000000 --duration 500ms --buyers 1000 --timeout-ms 300 --connections 16 --no-books";
