@@ -2,6 +2,7 @@
 
 pub mod admission;
 pub mod config;
+pub mod embedded;
 pub mod inventory;
 pub mod orders;
 pub mod shift;

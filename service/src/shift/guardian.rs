@@ -42,7 +42,18 @@ pub struct GuardianOptions {
     /// Who creates the ledger.
     pub init: InitPolicy,
     /// What is known about the server's process by whoever runs it, to say why it does not answer.
-    pub process: Option<watch::Receiver<Option<Arc<str>>>>,
+    pub process: Option<watch::Receiver<ServerProcess>>,
+}
+
+/// What whoever runs the server's process knows of it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ServerProcess {
+    /// It runs.
+    Up,
+    /// It ended and will be started again.
+    Down(Arc<str>),
+    /// It runs, but its data is gone: nothing that it acknowledges would survive.
+    Lost(Arc<str>),
 }
 
 /// Why a request was not carried out.
@@ -243,6 +254,10 @@ impl Guardian {
             self.withdraw(NoAuthority::new(Cause::Shifting, "a shift is recorded in the topology"));
             return Ok(());
         }
+        if let Some(ServerProcess::Lost(reason)) = self.process() {
+            self.refuse(NoAuthority::new(Cause::Empty, reason));
+            return Ok(());
+        }
         let standing = self.ledger.standing().await?;
         self.silent_since = None;
         let as_before = self.is_as_before(&standing, &topology.fence());
@@ -354,6 +369,10 @@ impl Guardian {
         self.retry.is_some_and(|(at, _)| Instant::now() < at)
     }
 
+    fn process(&self) -> Option<ServerProcess> {
+        self.options.process.as_ref().map(|process| process.borrow().clone())
+    }
+
     async fn stored(&self) -> Result<OutboxId, NoAuthority> {
         self.orders.position(self.options.partition).await.map_err(|error| {
             NoAuthority::new(
@@ -375,8 +394,10 @@ impl Guardian {
         let address = self.ledger.address();
         let refusal = match error {
             LedgerError::Address(_) | LedgerError::Server(_) => {
-                let process = self.options.process.as_ref().and_then(|process| process.borrow().clone());
-                let detail = process.map_or_else(String::new, |detail| format!(" ({detail})"));
+                let detail = match self.process() {
+                    Some(ServerProcess::Down(reason) | ServerProcess::Lost(reason)) => format!(" ({reason})"),
+                    Some(ServerProcess::Up) | None => String::new(),
+                };
                 NoAuthority::new(
                     Cause::Unreachable,
                     format!("the ledger's Redis at {address} does not answer: {error}{detail}"),

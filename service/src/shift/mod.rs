@@ -10,7 +10,7 @@ mod ledger;
 mod reclaim;
 mod verdict;
 
-pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError};
+pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, ServerProcess};
 pub use ledger::{InitError, Ledger, LedgerError};
 pub use reclaim::{AdoptReport, PaidWithoutClaim, Recovery};
 pub use verdict::InitPolicy;
