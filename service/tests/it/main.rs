@@ -1,0 +1,4 @@
+//! The product as its users meet it: the binary, its ports, its files. Real Redis, real SQLite.
+
+mod inventory;
+mod support;
