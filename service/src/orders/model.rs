@@ -242,8 +242,6 @@ pub struct ExpireOutcome {
     pub expired: u64,
     /// Whether there may be more due right now.
     pub more: bool,
-    /// When the next order is due, as far as known.
-    pub next_due: Option<Millis>,
 }
 
 /// Why units go back to the ledger.

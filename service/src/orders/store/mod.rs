@@ -1,8 +1,20 @@
 //! The order database: SQLite through sqlx.
 
-use std::sync::Arc;
+mod insert;
+mod lifecycle;
+mod queue;
+mod read;
+mod schema;
+mod writer;
 
-use seckill_domain::{CenterId, Clock, Millis, OrderId, OrderRecord, OutboxId, SaleId, SystemClock, Uid};
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use seckill_domain::{
+    CenterId, Clock, Millis, OrderId, OrderRecord, OutboxId, SaleId, SystemClock, Table, Uid,
+};
+use sqlx::sqlite::SqlitePool;
+use tokio::task::JoinHandle;
 
 use super::error::Error;
 use super::metrics::OrderMetrics;
@@ -11,6 +23,7 @@ use super::model::{
     Refund, Release, SaleCounts, StoreOutcome, Unreadable,
 };
 use super::updates::Updates;
+use writer::{Hub, Writer};
 
 /// How the store is opened.
 #[derive(Clone)]
@@ -39,163 +52,231 @@ impl StoreOptions {
 
 /// A handle of the order database; clones share it.
 ///
-/// Writes are commands to one task that owns its connection: a caller that goes away does not stop them half-way.
+/// Writes are commands to one task that owns its connection: a caller that goes away does not stop them
+/// half-way.
 #[derive(Clone)]
 pub struct OrderStore {
+    readers: SqlitePool,
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    // Taken out when the store is closed: the task ends when no sender is left.
+    writer: Mutex<Option<Writer>>,
+    task: Mutex<Option<JoinHandle<()>>>,
+    clock: Arc<dyn Clock>,
+    metrics: OrderMetrics,
     updates: Updates,
-    options: StoreOptions,
 }
 
 impl OrderStore {
     /// Opens or creates the database (`sqlite:PATH`) and brings its tables to this release's form.
     pub async fn open(database_url: &str, options: StoreOptions) -> Result<OrderStore, Error> {
-        let _ = database_url;
-        Ok(OrderStore { updates: Updates::default(), options })
+        let path = schema::path_of(database_url)?;
+        let StoreOptions { center, max_connections, clock, metrics } = options;
+        let mut conn = schema::connect_writer(&path).await?;
+        schema::migrate(&mut conn, &center).await?;
+        schema::create_staging(&mut conn).await?;
+        let readers = schema::connect_readers(&path, max_connections).await?;
+        let updates = Updates::default();
+        let hub = Hub { updates: updates.clone(), metrics: metrics.clone() };
+        let (writer, task) = Writer::start(conn, path, center, Arc::clone(&clock), hub);
+        let shared = Shared {
+            writer: Mutex::new(Some(writer)),
+            task: Mutex::new(Some(task)),
+            clock,
+            metrics,
+            updates,
+        };
+        Ok(OrderStore { readers, shared: Arc::new(shared) })
     }
 
     /// The feed of order changes.
     pub fn updates(&self) -> &Updates {
-        &self.updates
+        &self.shared.updates
     }
 
     /// What the store counts.
     pub fn metrics(&self) -> &OrderMetrics {
-        &self.options.metrics
+        &self.shared.metrics
+    }
+
+    /// Where the store takes the time from.
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.shared.clock
     }
 
     /// Finishes what was handed over and closes every connection. Later calls answer [`Error::Closed`].
-    pub async fn close(&self) {}
+    pub async fn close(&self) {
+        self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let task = self.shared.task.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // The readers first: the last connection that closes moves the log into the database file.
+        self.readers.close().await;
+        if let Some(task) = task
+            && let Err(error) = task.await
+        {
+            tracing::error!(%error, "the writer of the order database ended badly");
+        }
+    }
 
-    /// Stores what the outbox entries after `from` up to `to` hold, and moves the position from `from` to `to`, in
-    /// one transaction (R2). Orders that are there already are counted and left as they are.
+    fn writer(&self) -> Result<Writer, Error> {
+        self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Error::Closed)
+    }
+
+    /// Stores what the outbox entries after `from` up to `to` hold, and moves the position from `from` to `to`,
+    /// in one transaction (R2). Orders that are there already are counted and left as they are; entries that
+    /// cannot be read are set aside.
     pub async fn store(
         &self,
-        _partition: u8,
-        _from: OutboxId,
-        _to: OutboxId,
-        _orders: Vec<OrderRecord>,
-        _unreadable: Vec<Unreadable>,
+        partition: u8,
+        from: OutboxId,
+        to: OutboxId,
+        orders: Vec<OrderRecord>,
+        unreadable: Vec<Unreadable>,
     ) -> Result<StoreOutcome, Error> {
-        Err(Error::Closed)
+        let store = insert::Store { partition, from, to, orders, unreadable };
+        Ok(self.writer()?.run_patiently(store).await?.outcome)
     }
 
     /// Up to where a partition's outbox is stored.
-    pub async fn position(&self, _partition: u8) -> Result<OutboxId, Error> {
-        Err(Error::Closed)
+    pub async fn position(&self, partition: u8) -> Result<OutboxId, Error> {
+        read::position(&self.readers, partition).await
     }
 
     /// An order.
-    pub async fn order(&self, _order_id: OrderId) -> Result<Option<Order>, Error> {
-        Err(Error::Closed)
+    pub async fn order(&self, order_id: OrderId) -> Result<Option<Order>, Error> {
+        read::order(&self.readers, order_id).await
     }
 
     /// An order with what only the shop sees.
-    pub async fn admin_order(&self, _order_id: OrderId) -> Result<Option<AdminOrder>, Error> {
-        Err(Error::Closed)
+    pub async fn admin_order(&self, order_id: OrderId) -> Result<Option<AdminOrder>, Error> {
+        read::admin_order(&self.readers, order_id).await
     }
 
-    /// A user's orders, newest first.
+    /// A user's orders, newest first. Pages have at most 1,000 rows, here and below.
     pub async fn orders_of(
         &self,
-        _uid: &Uid,
-        _limit: u32,
-        _cursor: Option<Cursor>,
+        uid: &Uid,
+        limit: u32,
+        cursor: Option<Cursor>,
     ) -> Result<Page<Order>, Error> {
-        Err(Error::Closed)
+        read::orders_of(&self.readers, uid, limit, cursor).await
     }
 
     /// A user's coupons, newest first.
     pub async fn coupons_of(
         &self,
-        _uid: &Uid,
-        _limit: u32,
-        _cursor: Option<Cursor>,
+        uid: &Uid,
+        limit: u32,
+        cursor: Option<Cursor>,
     ) -> Result<Page<Coupon>, Error> {
-        Err(Error::Closed)
+        read::coupons_of(&self.readers, uid, limit, cursor).await
     }
 
-    /// All orders that fit, newest first.
+    /// All orders that fit: a user's newest first, everybody's table by table in the order of their ids. A cursor
+    /// belongs to the filter it came from.
     pub async fn admin_orders(
         &self,
-        _filter: OrderFilter,
-        _limit: u32,
-        _cursor: Option<Cursor>,
+        filter: &OrderFilter,
+        limit: u32,
+        cursor: Option<Cursor>,
     ) -> Result<Page<AdminOrder>, Error> {
-        Err(Error::Closed)
+        read::admin_orders(&self.readers, filter, limit, cursor).await
     }
 
     /// Money that has to go back, newest first.
-    pub async fn refunds(&self, _limit: u32, _cursor: Option<Cursor>) -> Result<Page<Refund>, Error> {
-        Err(Error::Closed)
+    pub async fn refunds(&self, limit: u32, cursor: Option<Cursor>) -> Result<Page<Refund>, Error> {
+        read::refunds(&self.readers, limit, cursor).await
     }
 
     /// Cancels an order of this user.
-    pub async fn cancel(&self, _uid: &Uid, _order_id: OrderId) -> Result<CancelOutcome, Error> {
-        Err(Error::Closed)
+    pub async fn cancel(&self, uid: &Uid, order_id: OrderId) -> Result<CancelOutcome, Error> {
+        self.writer()?.run(lifecycle::Cancel { uid: uid.clone(), order_id }).await
     }
 
     /// Books a payment.
-    pub async fn pay(&self, _payment: Payment) -> Result<PayOutcome, Error> {
-        Err(Error::Closed)
+    pub async fn pay(&self, payment: Payment) -> Result<PayOutcome, Error> {
+        self.writer()?.run(lifecycle::Pay(payment)).await
     }
 
     /// Lets at most `limit` orders expire that came due in `(after, until]`.
     pub async fn expire_due(
         &self,
-        _after: Option<Millis>,
-        _until: Millis,
-        _limit: u32,
+        after: Option<Millis>,
+        until: Millis,
+        limit: u32,
     ) -> Result<ExpireOutcome, Error> {
-        Err(Error::Closed)
+        // An idle look costs no place in the writer's queue.
+        if self.next_due(after).await?.is_none_or(|due| due > until) {
+            return Ok(ExpireOutcome::default());
+        }
+        let limit = limit.max(1);
+        Ok(self.writer()?.run_patiently(lifecycle::Expire { after, until, limit }).await?.outcome)
+    }
+
+    /// The first moment behind `after` at which an order may come due.
+    pub async fn next_due(&self, after: Option<Millis>) -> Result<Option<Millis>, Error> {
+        read::next_due(&self.readers, after).await
     }
 
     /// The oldest releases that wait for the ledger.
-    pub async fn pending_releases(&self, _limit: u32) -> Result<Vec<Release>, Error> {
-        Err(Error::Closed)
+    pub async fn pending_releases(&self, limit: u32) -> Result<Vec<Release>, Error> {
+        read::pending_releases(&self.readers, limit).await
     }
 
-    /// Forgets releases that the ledger answered; `unknown` are those whose claim it does not hold: they are kept
-    /// aside for the audit.
-    pub async fn releases_done(&self, _done: Vec<OrderId>, _unknown: Vec<OrderId>) -> Result<(), Error> {
-        Err(Error::Closed)
+    /// How many releases wait for the ledger.
+    pub async fn pending_release_count(&self) -> Result<i64, Error> {
+        read::pending_release_count(&self.readers).await
+    }
+
+    /// Forgets releases that the ledger answered; `unknown` are those whose claim it does not hold: they are
+    /// kept aside for the audit and not sent again.
+    pub async fn releases_done(&self, done: Vec<OrderId>, unknown: Vec<OrderId>) -> Result<(), Error> {
+        self.writer()?.run_patiently(queue::ReleasesDone { done, unknown }).await
     }
 
     /// Asks for the release of every cancelled and expired order of a sale again: a ledger that was adopted may
-    /// not know of it. Idempotent, here and there. Returns how many.
-    pub async fn requeue_releases(&self, _sale_id: &SaleId) -> Result<u64, Error> {
-        Err(Error::Closed)
+    /// not know of it. Idempotent by order id, here and there. Returns how many wait now.
+    pub async fn requeue_releases(&self, sale_id: &SaleId) -> Result<u64, Error> {
+        let writer = self.writer()?;
+        let mut queued = 0;
+        for table in Table::all() {
+            queued += writer.run_patiently(queue::Requeue { sale_id: sale_id.clone(), table }).await?;
+        }
+        Ok(queued)
     }
 
-    /// Orders and units of every sale (or of one) by state, and the outbox positions that they stand for, all from
-    /// one moment.
-    pub async fn counts(&self, _sale_id: Option<&SaleId>) -> Result<Counts, Error> {
-        Err(Error::Closed)
+    /// Orders and units of every sale (or of one) by state, and the outbox positions that they stand for, all
+    /// from one moment.
+    pub async fn counts(&self, sale_id: Option<&SaleId>) -> Result<Counts, Error> {
+        read::counts(&self.readers, sale_id).await
     }
 
     /// Some orders of a sale, in a stable order of no meaning; start with `None`, go on with `next`.
     pub async fn orders_of_sale(
         &self,
-        _sale_id: &SaleId,
-        _limit: u32,
-        _cursor: Option<Cursor>,
+        sale_id: &SaleId,
+        limit: u32,
+        cursor: Option<Cursor>,
     ) -> Result<Page<AdminOrder>, Error> {
-        Err(Error::Closed)
+        let filter = OrderFilter { sale_id: Some(sale_id.clone()), ..OrderFilter::default() };
+        self.admin_orders(&filter, limit, cursor).await
     }
 
     /// The sales of which orders are stored.
     pub async fn sales(&self) -> Result<Vec<SaleId>, Error> {
-        Err(Error::Closed)
+        read::sales(&self.readers).await
     }
 
     /// Cancels orders that an adopted ledger could not claim again: those still `created`. No release is due for
     /// them. Returns which were cancelled; paid ones stay as they are.
-    pub async fn cancel_lost(&self, _orders: Vec<OrderId>, _reason: &str) -> Result<Vec<OrderId>, Error> {
-        Err(Error::Closed)
+    pub async fn cancel_lost(&self, orders: Vec<OrderId>, reason: &str) -> Result<Vec<OrderId>, Error> {
+        self.writer()?.run_patiently(lifecycle::CancelLost { orders, reason: reason.to_owned() }).await
     }
 
-    /// Outbox entries that were set aside.
-    pub async fn unreadable(&self, _limit: u32, _cursor: Option<Cursor>) -> Result<Page<Unreadable>, Error> {
-        Err(Error::Closed)
+    /// Outbox entries that were set aside, newest first.
+    pub async fn unreadable(&self, limit: u32, cursor: Option<Cursor>) -> Result<Page<Unreadable>, Error> {
+        read::unreadable(&self.readers, limit, cursor).await
     }
 }
 
@@ -203,7 +284,7 @@ impl OrderStore {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Counts {
     /// By sale.
-    pub sales: std::collections::BTreeMap<SaleId, SaleCounts>,
+    pub sales: BTreeMap<SaleId, SaleCounts>,
     /// Up to where each partition's outbox is stored in this picture.
     pub positions: Vec<(u8, OutboxId)>,
     /// Outbox entries set aside as unreadable.
