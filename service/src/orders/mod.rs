@@ -8,9 +8,13 @@
 //! two lines, and may run twice at the same time.
 
 mod error;
+mod expiry;
 mod metrics;
 mod model;
+mod releases;
 mod store;
+mod tailer;
+mod trim;
 mod updates;
 mod workers;
 
@@ -23,4 +27,4 @@ pub use model::{
 };
 pub use store::{Counts, OrderStore, StoreOptions};
 pub use updates::{Subscription, TooManySubscribers, Updates};
-pub use workers::{TailerStatus, WorkerOptions};
+pub use workers::{TailerStatus, WorkerOptions, Workers};

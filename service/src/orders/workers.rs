@@ -1,6 +1,32 @@
 //! The tasks around the store.
+//!
+//! They run once per process and need not be alone: everything they do is decided by a row or by the ledger, so
+//! two of them, or one that dies between any two lines, do no harm.
 
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use redis::aio::MultiplexedConnection;
+use redis::{AsyncConnectionConfig, Client};
 use seckill_domain::OutboxId;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::expiry::Expiry;
+use super::releases::Releases;
+use super::store::OrderStore;
+use super::tailer::Tailer;
+use super::trim::Trim;
+use crate::topology::Authority;
+
+/// How long a connection may take to come about, and a call to be answered. Longer than any block of a read.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Pause after a failure: long enough not to burn a core, short beside what an outage takes.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// How the workers pace themselves.
 #[derive(Debug, Clone)]
@@ -13,7 +39,7 @@ pub struct WorkerOptions {
     pub expiry_grace_s: u32,
     /// How often waiting releases are delivered.
     pub release_interval_ms: u64,
-    /// Outbox entries younger than this stay.
+    /// Outbox entries that were stored more recently stay.
     pub outbox_retention_s: u32,
 }
 
@@ -52,4 +78,129 @@ pub enum TailerStatus {
         /// The ledger's last entry.
         ledger: OutboxId,
     },
+}
+
+/// The running workers.
+#[derive(Debug, Clone)]
+pub struct Workers {
+    tailers: Vec<watch::Receiver<TailerStatus>>,
+}
+
+impl Workers {
+    /// Starts a tailer and a trimmer for each partition of the ledger, and the expiry and release workers. They
+    /// end when the token is cancelled, each after the step that it is in.
+    pub fn spawn(
+        store: &OrderStore,
+        ledger: &[Client],
+        authority: &Authority,
+        options: &WorkerOptions,
+        tracker: &TaskTracker,
+        token: &CancellationToken,
+    ) -> Workers {
+        let mut tailers = Vec::with_capacity(ledger.len());
+        for (partition, client) in (0u8..).zip(ledger) {
+            let link = Link { partition, client: client.clone(), authority: authority.clone() };
+            let (tailer, status) = Tailer::new(store.clone(), link.clone(), options);
+            tailers.push(status);
+            let tailer = Arc::new(tailer);
+            supervise("order tailer", tracker, token, move |token| {
+                let tailer = Arc::clone(&tailer);
+                async move { tailer.run(token).await }
+            });
+            let trim = Arc::new(Trim::new(store.clone(), link, options));
+            supervise("outbox trim", tracker, token, move |token| {
+                let trim = Arc::clone(&trim);
+                async move { trim.run(token).await }
+            });
+        }
+        let expiry = Arc::new(Expiry::new(store.clone(), options));
+        supervise("order expiry", tracker, token, move |token| {
+            let expiry = Arc::clone(&expiry);
+            async move { expiry.run(token).await }
+        });
+        let links = (0u8..)
+            .zip(ledger)
+            .map(|(partition, client)| Link {
+                partition,
+                client: client.clone(),
+                authority: authority.clone(),
+            })
+            .collect();
+        let releases = Arc::new(Releases::new(store.clone(), links, options));
+        supervise("order releases", tracker, token, move |token| {
+            let releases = Arc::clone(&releases);
+            async move { releases.run(token).await }
+        });
+        Workers { tailers }
+    }
+
+    /// How the tailer of a partition stands, and every change of it.
+    pub fn tailer(&self, partition: u8) -> Option<watch::Receiver<TailerStatus>> {
+        self.tailers.get(usize::from(partition)).cloned()
+    }
+}
+
+/// The way to one partition's local Redis.
+#[derive(Debug, Clone)]
+pub(super) struct Link {
+    pub(super) partition: u8,
+    pub(super) client: Client,
+    pub(super) authority: Authority,
+}
+
+impl Link {
+    /// A connection of the caller's own, which it may hold up.
+    pub(super) async fn connect(&self) -> Result<MultiplexedConnection, seckill_ledger::Error> {
+        let config = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(CONNECT_TIMEOUT))
+            .set_response_timeout(Some(RESPONSE_TIMEOUT));
+        Ok(self.client.get_multiplexed_async_connection_with_config(&config).await?)
+    }
+}
+
+/// Sleeps; `false` if the token was cancelled meanwhile.
+pub(super) async fn sleep(duration: Duration, token: &CancellationToken) -> bool {
+    token.run_until_cancelled(tokio::time::sleep(duration)).await.is_some()
+}
+
+/// The pause after a failure.
+pub(super) async fn pause(token: &CancellationToken) -> bool {
+    sleep(PAUSE, token).await
+}
+
+/// Logs the first failure of a row of failures and the end of the row, not each of them.
+#[derive(Debug, Default)]
+pub(super) struct Streak(u64);
+
+impl Streak {
+    pub(super) fn failed(&mut self, worker: &str, error: &dyn std::fmt::Display) {
+        if self.0 == 0 {
+            tracing::warn!(worker, %error, "an order worker failed; it goes on trying");
+        }
+        self.0 += 1;
+    }
+
+    pub(super) fn succeeded(&mut self, worker: &str) {
+        if self.0 > 0 {
+            tracing::info!(worker, failures = self.0, "an order worker works again");
+        }
+        self.0 = 0;
+    }
+}
+
+/// Runs a worker, and runs it again should it panic: its state is in the database.
+fn supervise<F, R>(name: &'static str, tracker: &TaskTracker, token: &CancellationToken, run: R)
+where
+    F: Future<Output = ()> + Send + 'static,
+    R: Fn(CancellationToken) -> F + Send + 'static,
+{
+    let token = token.clone();
+    tracker.spawn(async move {
+        while AssertUnwindSafe(run(token.clone())).catch_unwind().await.is_err() {
+            tracing::error!(worker = name, "an order worker panicked and is started again");
+            if !pause(&token).await {
+                break;
+            }
+        }
+    });
 }

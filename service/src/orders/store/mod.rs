@@ -219,9 +219,9 @@ impl OrderStore {
         read::next_due(&self.readers, after).await
     }
 
-    /// The oldest releases that wait for the ledger.
-    pub async fn pending_releases(&self, limit: u32) -> Result<Vec<Release>, Error> {
-        read::pending_releases(&self.readers, limit).await
+    /// The oldest releases that wait for the ledger, those of some sales left out.
+    pub async fn pending_releases(&self, limit: u32, except: &[SaleId]) -> Result<Vec<Release>, Error> {
+        read::pending_releases(&self.readers, limit, except).await
     }
 
     /// How many releases wait for the ledger.
@@ -233,6 +233,12 @@ impl OrderStore {
     /// kept aside for the audit and not sent again.
     pub async fn releases_done(&self, done: Vec<OrderId>, unknown: Vec<OrderId>) -> Result<(), Error> {
         self.writer()?.run_patiently(queue::ReleasesDone { done, unknown }).await
+    }
+
+    /// Notes where a partition's position is now, and returns where it was at `before` or the last note before
+    /// that: what the outbox may be trimmed to.
+    pub async fn mark_position(&self, partition: u8, before: Millis) -> Result<Option<OutboxId>, Error> {
+        self.writer()?.run_patiently(queue::Mark { partition, before }).await
     }
 
     /// Asks for the release of every cancelled and expired order of a sale again: a ledger that was adopted may

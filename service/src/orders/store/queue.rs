@@ -1,9 +1,11 @@
-//! The queue of releases: units of closed orders on their way back to the ledger.
+//! The queue of releases (units of closed orders on their way back to the ledger) and the marks by which the
+//! outbox is trimmed.
 
-use seckill_domain::{OrderId, SaleId, Table};
+use seckill_domain::{Millis, OrderId, OutboxId, SaleId, Table};
 use sqlx::AssertSqlSafe;
 
 use super::super::error::Error;
+use super::read::parse_outbox_id;
 use super::writer::{Hub, Tx, Write};
 
 /// Forgets releases that the ledger answered.
@@ -66,4 +68,43 @@ impl Write for Requeue {
     }
 
     fn committed(&self, _queued: &u64, _hub: &Hub) {}
+}
+
+/// Notes the position of this moment; drops older marks, but keeps the newest of those before `before`.
+pub(super) struct Mark {
+    pub(super) partition: u8,
+    pub(super) before: Millis,
+}
+
+impl Write for Mark {
+    /// The newest mark at or before `before`.
+    type Output = Option<OutboxId>;
+
+    async fn run(&self, tx: &mut Tx<'_>) -> Result<Option<OutboxId>, Error> {
+        sqlx::query(
+            "INSERT INTO outbox_marks (partition, at, position)
+             SELECT partition, ?, position FROM outbox_position WHERE partition = ?
+             ON CONFLICT (partition, at) DO UPDATE SET position = excluded.position",
+        )
+        .bind(tx.now.0)
+        .bind(self.partition)
+        .execute(&mut *tx.conn)
+        .await?;
+        let newest: Option<(i64, String)> = sqlx::query_as(
+            "SELECT at, position FROM outbox_marks WHERE partition = ? AND at <= ? ORDER BY at DESC LIMIT 1",
+        )
+        .bind(self.partition)
+        .bind(self.before.0)
+        .fetch_optional(&mut *tx.conn)
+        .await?;
+        let Some((at, position)) = newest else { return Ok(None) };
+        sqlx::query("DELETE FROM outbox_marks WHERE partition = ? AND at < ?")
+            .bind(self.partition)
+            .bind(at)
+            .execute(&mut *tx.conn)
+            .await?;
+        parse_outbox_id(&position).map(Some)
+    }
+
+    fn committed(&self, _newest: &Option<OutboxId>, _hub: &Hub) {}
 }

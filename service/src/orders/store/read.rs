@@ -244,13 +244,22 @@ fn next_by_id(rows: &[SqliteRow], limit: usize) -> Result<Option<Cursor>, Error>
     }
 }
 
-pub(super) async fn pending_releases(pool: &SqlitePool, limit: u32) -> Result<Vec<Release>, Error> {
-    let rows = sqlx::query(
-        "SELECT order_id, uid, sale_id FROM releases WHERE state = 'pending' ORDER BY id LIMIT ?",
-    )
-    .bind(limit)
-    .fetch_all(pool)
-    .await?;
+pub(super) async fn pending_releases(
+    pool: &SqlitePool,
+    limit: u32,
+    except: &[SaleId],
+) -> Result<Vec<Release>, Error> {
+    let others = match except {
+        [] => String::new(),
+        _ => format!(" AND sale_id NOT IN ({})", vec!["?"; except.len()].join(", ")),
+    };
+    let mut query = sqlx::query(AssertSqlSafe(format!(
+        "SELECT order_id, uid, sale_id FROM releases WHERE state = 'pending'{others} ORDER BY id LIMIT ?"
+    )));
+    for sale_id in except {
+        query = query.bind(sale_id.as_str());
+    }
+    let rows = query.bind(limit).fetch_all(pool).await?;
     rows.iter()
         .map(|row| {
             Ok(Release {

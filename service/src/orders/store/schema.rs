@@ -170,6 +170,9 @@ fn version_1() -> String {
     }
     sql.push_str(
         "CREATE TABLE outbox_position (partition INTEGER NOT NULL PRIMARY KEY, position TEXT NOT NULL);
+         CREATE TABLE outbox_marks (
+           partition INTEGER NOT NULL, at INTEGER NOT NULL, position TEXT NOT NULL, PRIMARY KEY (partition, at)
+         ) WITHOUT ROWID;
          CREATE TABLE shard_owner (
            shard INTEGER NOT NULL PRIMARY KEY, owner TEXT NOT NULL, epoch INTEGER NOT NULL);
          -- What is due when, in one place for all tables: new rows come at the end, a look at the front is

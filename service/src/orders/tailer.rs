@@ -1,0 +1,237 @@
+//! From the local outbox into the order tables.
+//!
+//! A page counts only if the server that gave it was, at that moment, the master at exactly the fence under which
+//! this service has authority (R1): the topology is confirmed and the guardian has admitted that ledger. With no
+//! authority nothing is stored; the orders stay in the outbox. With `appendfsync always` Redis answers a reader
+//! only after the log with what it read is synced, so with durability `local` nothing more is needed.
+//!
+//! Positions move in the transaction that stores the orders (R2). Losing the connection, the process or a race
+//! against another tailer at any point means reading the same entries again.
+
+use std::time::Duration;
+
+use redis::aio::MultiplexedConnection;
+use seckill_domain::{OrderRecord, OutboxId};
+use seckill_ledger::outbox::{self, Entry, Event, Page};
+use seckill_ledger::roles::Role;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use super::error::Error;
+use super::model::Unreadable;
+use super::store::OrderStore;
+use super::workers::{Link, Streak, TailerStatus, WorkerOptions, pause, sleep};
+
+/// How long a read waits for the next entry. A tailer that was told to stop waits no longer.
+const BLOCK_MS: u64 = 1000;
+/// A page with this many orders is followed by a short wait for more: a transaction writes whole pages of some
+/// hundred tables, so larger ones cost less per order.
+const BUSY: usize = 64;
+/// That wait.
+const LINGER: Duration = Duration::from_millis(60);
+/// Entries in one page.
+const MIN_ENTRIES: usize = 8;
+const MAX_ENTRIES: usize = 1024;
+
+/// Follows one partition's outbox.
+pub(super) struct Tailer {
+    store: OrderStore,
+    link: Link,
+    store_batch: usize,
+    status: watch::Sender<TailerStatus>,
+}
+
+/// Why the tailer has to pause.
+#[derive(Debug, thiserror::Error)]
+enum Halt {
+    #[error("{0}")]
+    Wait(String),
+    #[error("the ledger ends at {ledger}, but entries up to {position} are stored: it was rolled back")]
+    RolledBack { position: OutboxId, ledger: OutboxId },
+    #[error(transparent)]
+    Ledger(#[from] seckill_ledger::Error),
+    #[error(transparent)]
+    Store(#[from] Error),
+}
+
+impl Tailer {
+    pub(super) fn new(
+        store: OrderStore,
+        link: Link,
+        options: &WorkerOptions,
+    ) -> (Tailer, watch::Receiver<TailerStatus>) {
+        let (status, receiver) = watch::channel(TailerStatus::Starting);
+        (Tailer { store, link, store_batch: options.store_batch.max(1), status }, receiver)
+    }
+
+    pub(super) async fn run(&self, token: CancellationToken) {
+        let mut streak = Streak::default();
+        while !token.is_cancelled() {
+            match self.follow(&token, &mut streak).await {
+                Ok(()) | Err(Halt::Store(Error::Closed)) => return,
+                // Somebody else stored these entries: read the position again.
+                Err(Halt::Store(Error::PositionMoved { .. })) => {}
+                Err(halt) => {
+                    self.store.metrics().retries.inc();
+                    streak.failed("tailer", &halt);
+                    self.report(match halt {
+                        Halt::RolledBack { position, ledger } => {
+                            // The guardian looks at once, and refuses what the message explains.
+                            self.link.authority.suspect();
+                            TailerStatus::RolledBack { position, ledger }
+                        }
+                        halt => TailerStatus::Waiting { reason: halt.to_string() },
+                    });
+                    if !pause(&token).await {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    fn report(&self, status: TailerStatus) {
+        self.status.send_if_modified(|current| {
+            let changed = *current != status;
+            *current = status;
+            changed
+        });
+    }
+
+    async fn follow(&self, token: &CancellationToken, streak: &mut Streak) -> Result<(), Halt> {
+        let mut position = self.store.position(self.link.partition).await?;
+        let mut conn = self.link.connect().await?;
+        let mut entries = MIN_ENTRIES;
+        let mut page = self.read(&mut conn, position, entries).await?;
+        loop {
+            streak.succeeded("tailer");
+            self.report(TailerStatus::Following { position });
+            if token.is_cancelled() {
+                return Ok(());
+            }
+            let Some(last) = page.entries.last().map(|entry| entry.id) else {
+                self.store.metrics().lag_seconds.set(0.0);
+                self.store.metrics().lag_entries.set(0);
+                let wait = outbox::wait_for_entry(&mut conn, position, BLOCK_MS);
+                match token.run_until_cancelled(wait).await {
+                    None => return Ok(()),
+                    Some(found) => found?,
+                };
+                page = self.read(&mut conn, position, entries).await?;
+                continue;
+            };
+            let full = page.entries.len() >= entries;
+            let orders = self.observe(&page);
+            entries = (self.store_batch * page.entries.len() / orders.max(1)).clamp(MIN_ENTRIES, MAX_ENTRIES);
+            let save = self.save(position, page.entries);
+            if full {
+                // More is waiting: read on while the database works. What fails is read again.
+                let (saved, next) = tokio::join!(save, self.read(&mut conn, last, entries));
+                saved?;
+                position = last;
+                page = next?;
+            } else {
+                save.await?;
+                position = last;
+                if orders >= BUSY && !sleep(LINGER, token).await {
+                    return Ok(());
+                }
+                page = self.read(&mut conn, position, entries).await?;
+            }
+        }
+    }
+
+    /// Reads a page, if it may be used (R1) and the ledger is not behind what is stored (F2).
+    async fn read(
+        &self,
+        conn: &mut MultiplexedConnection,
+        after: OutboxId,
+        count: usize,
+    ) -> Result<Page, Halt> {
+        let fence = self.link.authority.grant().map_err(|refusal| Halt::Wait(refusal.to_string()))?;
+        let page = outbox::read(conn, after, count).await?;
+        match &page.role {
+            Role::Master { .. } if page.fence.as_deref() == Some(fence.to_string().as_str()) => {}
+            Role::Master { .. } => {
+                return Err(Halt::Wait(format!(
+                    "the ledger's fence is {}, the topology's {fence}",
+                    page.fence.as_deref().unwrap_or("missing")
+                )));
+            }
+            Role::Replica { .. } => {
+                return Err(Halt::Wait("this center's Redis is not the master".to_owned()));
+            }
+        }
+        let ledger = OutboxId { epoch: fence.epoch.0, seq: page.last_seq };
+        if after > ledger {
+            return Err(Halt::RolledBack { position: after, ledger });
+        }
+        Ok(page)
+    }
+
+    /// Counts a page's orders and publishes how far behind it shows us.
+    fn observe(&self, page: &Page) -> usize {
+        let metrics = self.store.metrics();
+        let orders = || {
+            page.entries.iter().filter_map(|entry| match &entry.event {
+                Ok(Event::Orders(orders)) => Some(orders),
+                Ok(Event::Released { .. } | Event::Sale(_) | Event::SaleChanged(_) | Event::Epoch(_))
+                | Err(_) => None,
+            })
+        };
+        if let Some(oldest) = orders().flatten().next() {
+            let age_ms = self.store.clock().now().since_ms(oldest.accepted_at);
+            metrics.lag_seconds.set(age_ms as f64 / 1000.0);
+        }
+        let first = page.entries.first().map_or(page.last_seq, |entry| entry.id.seq);
+        metrics.lag_entries.set(i64::try_from(page.last_seq.saturating_sub(first)).unwrap_or(i64::MAX));
+        orders().map(Vec::len).sum()
+    }
+
+    /// Stores a page, in as many transactions as its size asks for. Every entry moves the position, also those
+    /// that are none of ours.
+    async fn save(&self, mut from: OutboxId, entries: Vec<Entry>) -> Result<(), Halt> {
+        let mut orders: Vec<OrderRecord> = Vec::new();
+        let mut unreadable = Vec::new();
+        let mut to = from;
+        for entry in entries {
+            to = entry.id;
+            match entry.event {
+                Ok(Event::Orders(more)) => orders.extend(more),
+                Ok(Event::Released { .. } | Event::Sale(_) | Event::SaleChanged(_) | Event::Epoch(_)) => {}
+                Err(bad) => {
+                    tracing::error!(
+                        partition = self.link.partition, outbox_id = %to, reason = bad.reason,
+                        "an outbox entry cannot be read and is set aside"
+                    );
+                    unreadable.push(Unreadable {
+                        partition: self.link.partition,
+                        outbox_id: to,
+                        reason: bad.reason,
+                        raw: bad.raw,
+                    });
+                }
+            }
+            if orders.len() >= self.store_batch {
+                self.commit(&mut from, to, &mut orders, &mut unreadable).await?;
+            }
+        }
+        if from != to {
+            self.commit(&mut from, to, &mut orders, &mut unreadable).await?;
+        }
+        Ok(())
+    }
+
+    async fn commit(
+        &self,
+        from: &mut OutboxId,
+        to: OutboxId,
+        orders: &mut Vec<OrderRecord>,
+        unreadable: &mut Vec<Unreadable>,
+    ) -> Result<(), Halt> {
+        let (orders, unreadable) = (std::mem::take(orders), std::mem::take(unreadable));
+        self.store.store(self.link.partition, *from, to, orders, unreadable).await?;
+        *from = to;
+        Ok(())
+    }
+}
