@@ -16,6 +16,9 @@ use crate::scenario::{self, Admin, Scenario, parse_duration};
 /// Wrong arguments (EX_USAGE): 2 already means that the books do not balance.
 const USAGE: u8 = 64;
 
+/// Ended by a second Ctrl-C, as shells report SIGINT.
+const INTERRUPTED: i32 = 130;
+
 /// Open-loop load for a seckill sale. Checks the books when the load is over.
 #[derive(Parser)]
 #[command(name = "seckill-loadtest", version, after_help = EXIT_CODES)]
@@ -160,6 +163,12 @@ pub async fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
+        // The first Ctrl-C still checks the books, which takes its time; the second does not wait for them.
+        tokio::spawn(async {
+            if tokio::signal::ctrl_c().await.is_ok() {
+                std::process::exit(INTERRUPTED);
+            }
+        });
     };
     match run(&scenario, progress, interrupt).await {
         Ok(report) => match args.print(&report) {

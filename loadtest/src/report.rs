@@ -135,6 +135,12 @@ impl Report {
                 ));
             }
         }
+        if self.offered.arrivals < u64::from(self.scenario.buyers) && !self.interrupted {
+            self.notes.push(format!(
+                "rate × duration lets {} of the {} buyers arrive",
+                self.offered.arrivals, self.scenario.buyers
+            ));
+        }
         if self.offered.unsent > 0 {
             self.notes.push(format!("{} arrivals were never sent", self.offered.unsent));
         }

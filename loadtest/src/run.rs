@@ -30,6 +30,8 @@ use crate::worker::{Outcome, Plan, Worker};
 const LEAD: Duration = Duration::from_millis(50);
 /// The first calls at target and admin listener.
 const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A sale that was just created reaches the public listener with its next snapshot.
+const SALE_SHOWS_WITHIN: Duration = Duration::from_secs(2);
 /// Tokens outlive the run by this much.
 const TOKEN_SPARE_S: i64 = 3600;
 /// Seconds of all workers that may wait to be shown.
@@ -152,7 +154,15 @@ async fn preflight(scenario: &Scenario, targets: &[Target]) -> Result<Option<Ope
     let mut per_user_limit = None;
     for target in targets {
         let mut client = Client::new(target.clone(), PREFLIGHT_TIMEOUT);
-        let sale: serde_json::Value = books::get_json(&mut client, &path, None).await?;
+        let patience = Instant::now() + SALE_SHOWS_WITHIN;
+        let sale: serde_json::Value = loop {
+            match books::get_json(&mut client, &path, None).await {
+                Err(books::Error::Refused { status: 404, .. }) if Instant::now() < patience => {
+                    tokio::time::sleep(SALE_SHOWS_WITHIN / 20).await;
+                }
+                result => break result?,
+            }
+        };
         per_user_limit = sale["per_user_limit"].as_u64().or(per_user_limit);
     }
     let mut access = Access::new(Target::resolve(&admin.url).await?, &admin.token, scenario.sale.clone());

@@ -55,7 +55,8 @@ async fn loadtest(url: &str, args: &str) -> Ran {
     let mut token = tempfile::NamedTempFile::new().unwrap();
     writeln!(token, "{ADMIN_TOKEN}").unwrap();
     let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_seckill-loadtest"))
-        .args(["run", "-o", "json", "--target", url, "--admin", url, "--sale", SALE, "--workers", "1"])
+        .args(["run", "-o", "json", "--target", url, "--admin", url, "--workers", "1"])
+        .args(if args.contains("--sale") { &[][..] } else { &["--sale", SALE] })
         // A crowded test machine may hold the generator up; what it then measures is not looked at here.
         .args(["--max-lag-ms", "2000"])
         .arg("--token-secret-file")
@@ -265,6 +266,13 @@ async fn a_secret_that_is_not_the_targets_is_noticed_before_the_load() {
     let Err(err) = seckill_loadtest::run(&scenario, |_| (), std::future::pending()).await else { panic!() };
     assert_eq!(err.exit_code(), 64, "{err}");
     assert!(double.counts().is_empty());
+}
+
+#[tokio::test]
+async fn a_sale_that_does_not_exist_is_exit_code_64() {
+    let double = Double::start(10, 1, Fault::None).await;
+    let ran = loadtest(&double.url, "--rate 10 --duration 1s --sale another").await;
+    assert_eq!(ran.code, 64, "{}", ran.stderr);
 }
 
 #[tokio::test]
