@@ -24,7 +24,7 @@ use crate::error::Error;
 use crate::fence::Fence;
 use crate::keys;
 use crate::reply::{malformed, text};
-use crate::roles::Role;
+use crate::roles::{self, Role};
 
 /// The format version that this release writes and reads.
 pub const RECORD_VERSION: &str = "1";
@@ -81,27 +81,15 @@ pub struct Page {
     pub entries: Vec<Entry>,
 }
 
-/// Reads at most `count` entries after an id, in one `MULTI` with the server's role and fence.
+/// Reads at most `count` entries after an id, together with the server's role and fence at that moment.
 pub async fn read(conn: &mut impl ConnectionLike, after: OutboxId, count: usize) -> Result<Page, Error> {
-    let (role, fence, last_seq, entries): (Value, Option<String>, Option<u64>, Value) = redis::pipe()
-        .atomic()
-        .cmd("ROLE")
-        .cmd("GET")
-        .arg(keys::FENCE)
-        .cmd("GET")
-        .arg(keys::SEQ)
-        .cmd("XRANGE")
-        .arg(keys::OUTBOX)
-        .arg(format!("({after}"))
-        .arg("+")
-        .arg("COUNT")
-        .arg(count)
-        .query_async(conn)
-        .await?;
+    let mut range = redis::cmd("XRANGE");
+    range.arg(keys::OUTBOX).arg(format!("({after}")).arg("+").arg("COUNT").arg(count);
+    let (moment, entries) = roles::at_once(conn, range).await?;
     Ok(Page {
-        role: Role::parse(role)?,
-        fence,
-        last_seq: last_seq.unwrap_or(0),
+        role: moment.role,
+        fence: moment.fence,
+        last_seq: moment.seq,
         entries: parse_entries(entries)?,
     })
 }

@@ -7,7 +7,7 @@ use seckill_domain::{KeyDigest, LedgerState, Millis, OrderId, Quantity, SaleId, 
 use crate::error::Error;
 use crate::keys;
 use crate::reply::{malformed, number, parse, text};
-use crate::scripts::SNAPSHOT;
+use crate::scripts::{SALE, SNAPSHOT};
 
 /// A sale as the ledger has it.
 #[derive(Debug, Clone, PartialEq)]
@@ -99,20 +99,15 @@ pub async fn snapshot(conn: &mut impl ConnectionLike, since: u64, limit: usize) 
 
 /// One sale, archived ones included.
 pub async fn sale(conn: &mut impl ConnectionLike, id: &SaleId) -> Result<Option<Sale>, Error> {
-    let (fields, touched): (Value, Option<f64>) = redis::pipe()
-        .atomic()
-        .cmd("HGETALL")
-        .arg(keys::sale(id))
-        .cmd("ZSCORE")
-        .arg(keys::TOUCHED)
-        .arg(id.as_str())
-        .query_async(conn)
-        .await?;
-    match (&fields, touched) {
-        (Value::Array(fields), _) if fields.is_empty() => Ok(None),
-        (Value::Map(fields), _) if fields.is_empty() => Ok(None),
-        (_, None) => Err(Error::Malformed(format!("sale {id} has no change number"))),
-        (_, Some(touched)) => parse_sale(fields, touched as u64).map(Some),
+    let call = SALE.call(2).arg(keys::TOUCHED).arg(keys::sale(id)).arg(id.as_str());
+    let Value::Array(values) = call.run(conn).await? else {
+        return Err(Error::Malformed("a sale that is not an array".to_owned()));
+    };
+    match <[Value; 2]>::try_from(values) {
+        Ok([_, Value::Array(fields)]) if fields.is_empty() => Ok(None),
+        Ok([Value::Nil, _]) => Err(Error::Damaged(format!("sale {id} has no change number"))),
+        Ok([touched, fields]) => parse_sale(fields, number(Some(touched))?).map(Some),
+        Err(values) => Err(malformed(&Value::Array(values))),
     }
 }
 

@@ -1,9 +1,9 @@
 //! The role of a Redis server: isolated, master or replica (S1, S2).
 
-use redis::Value;
 use redis::aio::ConnectionLike;
+use redis::{Cmd, RedisError, Value};
 
-use crate::admin::{FenceChange, FenceOutcome, fence_args};
+use crate::admin::{FenceChange, FenceOutcome, fence_args, set_fence};
 use crate::error::Error;
 use crate::fence::Fence;
 use crate::keys;
@@ -79,22 +79,68 @@ pub struct Standing {
 
 /// Asks a server for its role, fence and run in one step.
 pub async fn standing(conn: &mut impl ConnectionLike) -> Result<Standing, Error> {
-    let (role, fence, seq, info): (Value, Option<String>, Option<u64>, String) = redis::pipe()
-        .atomic()
-        .cmd("ROLE")
-        .cmd("GET")
-        .arg(keys::FENCE)
-        .cmd("GET")
-        .arg(keys::SEQ)
-        .cmd("INFO")
-        .arg("server")
-        .query_async(conn)
-        .await?;
+    let mut info = redis::cmd("INFO");
+    info.arg("server");
+    let (moment, info) = at_once(conn, info).await?;
+    let info = text(Some(match info {
+        Value::VerbatimString { text, .. } => Value::SimpleString(text),
+        other => other,
+    }))?;
     let run_id = info
         .lines()
         .find_map(|line| line.strip_prefix("run_id:"))
         .ok_or_else(|| Error::Malformed("INFO without run_id".to_owned()))?;
-    Ok(Standing { role: Role::parse(role)?, fence, seq: seq.unwrap_or(0), run_id: run_id.trim().to_owned() })
+    let Moment { role, fence, seq } = moment;
+    Ok(Standing { role, fence, seq, run_id: run_id.trim().to_owned() })
+}
+
+/// What a server was when it answered.
+pub(crate) struct Moment {
+    pub(crate) role: Role,
+    pub(crate) fence: Option<String>,
+    pub(crate) seq: u64,
+}
+
+/// Runs a read together with the server's role and fence (R1): in one `MULTI` of `ROLE`, the fence and the read.
+///
+/// A master at its memory bound queues nothing in `MULTI` (a replica does), and must still be read, or the outbox
+/// would never be trimmed. There the role and the fence are asked before and after instead: with the same fence
+/// and the master's role on both sides, what was read in between was read from that master.
+pub(crate) async fn at_once(conn: &mut impl ConnectionLike, read: Cmd) -> Result<(Moment, Value), Error> {
+    let mut pipe = redis::pipe();
+    pipe.atomic().cmd("ROLE").cmd("GET").arg(keys::FENCE).add_command(read.clone()).cmd("GET").arg(keys::SEQ);
+    let answer: Result<(Value, Option<String>, Value, Option<u64>), RedisError> =
+        pipe.query_async(conn).await;
+    match answer {
+        Ok((role, fence, value, seq)) => {
+            Ok((Moment { role: Role::parse(role)?, fence, seq: seq.unwrap_or(0) }, value))
+        }
+        Err(error) if refused_for_memory(&error) => between_two_looks(conn, read).await,
+        Err(error) => Err(error.into()),
+    }
+}
+
+async fn between_two_looks(conn: &mut impl ConnectionLike, read: Cmd) -> Result<(Moment, Value), Error> {
+    let mut pipe = redis::pipe();
+    pipe.cmd("ROLE").cmd("GET").arg(keys::FENCE).add_command(read).cmd("GET").arg(keys::SEQ);
+    pipe.cmd("GET").arg(keys::FENCE).cmd("ROLE");
+    type Looks = (Value, Option<String>, Value, Option<u64>, Option<String>, Value);
+    let (role, fence, value, seq, fence_after, role_after): Looks = pipe.query_async(conn).await?;
+    let role = Role::parse(role)?;
+    match (&role, Role::parse(role_after)?) {
+        (Role::Master { .. }, Role::Master { .. }) if fence == fence_after => {
+            Ok((Moment { role, fence, seq: seq.unwrap_or(0) }, value))
+        }
+        _ => Err(Error::Rejected("the server's role or fence changed during a read".to_owned())),
+    }
+}
+
+fn refused_for_memory(error: &RedisError) -> bool {
+    error.code() == Some("OOM")
+        || error
+            .clone()
+            .into_server_errors()
+            .is_some_and(|errors| errors.iter().any(|(_, e)| e.code() == "OOM"))
 }
 
 /// Makes a server the master and sets its fence in the same `MULTI`, if its fence is still `expected` (S2). No
@@ -109,9 +155,19 @@ pub async fn promote(
     to: &Fence,
 ) -> Result<Option<FenceOutcome>, Error> {
     redis::cmd("WATCH").arg(keys::FENCE).query_async::<()>(conn).await?;
+    let role = Role::parse(redis::cmd("ROLE").query_async(conn).await?)?;
     // Decided before the role changes: a script that refuses inside MULTI would leave a master behind that
     // still carries the old fence.
     match foresee(conn, expected, change, to).await {
+        // A master at its memory bound queues nothing in MULTI (a replica does), and needs none of it here: the
+        // script itself checks that the fence is the expected one.
+        Ok(Some(_)) if matches!((&role, change), (Role::Master { .. }, FenceChange::Lift { .. })) => {
+            redis::cmd("UNWATCH").query_async::<()>(conn).await?;
+            return match set_fence(conn, change, to).await? {
+                FenceOutcome::Mismatch { .. } => Ok(None),
+                outcome => Ok(Some(outcome)),
+            };
+        }
         Ok(Some(FenceOutcome::Set | FenceOutcome::Same)) => {}
         answer => {
             redis::cmd("UNWATCH").query_async::<()>(conn).await?;

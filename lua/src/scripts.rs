@@ -105,6 +105,7 @@ scripts! {
     RECLAIM = "reclaim.lua";
     RELEASE = "release.lua";
     RESERVE = "reserve.lua";
+    SALE = "sale.lua";
     SNAPSHOT = "snapshot.lua";
     STATE = "state.lua";
     STOCK = "stock.lua";
