@@ -6,5 +6,6 @@ pub mod embedded;
 pub mod inventory;
 pub mod orders;
 pub mod shift;
+pub mod tasks;
 pub mod telemetry;
 pub mod topology;

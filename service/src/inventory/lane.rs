@@ -33,6 +33,7 @@ use super::metrics::InventoryMetrics;
 use super::sold_out::SoldOut;
 use super::{Accepted, PARTITION, Purchase};
 use crate::config::InventoryConfig;
+use crate::tasks::essential;
 use crate::topology::{Authority, TopologyHandle};
 
 /// Pause before a lane that could not reach the ledger, or may not write, tries again.
@@ -85,7 +86,7 @@ impl Lanes {
         sold_out: &Arc<SoldOut>,
         metrics: &Arc<InventoryMetrics>,
         tracker: &TaskTracker,
-        stop: &CancellationToken,
+        (stop, fatal): (&CancellationToken, &CancellationToken),
     ) -> Lanes {
         let queues = (0..config.lanes.max(1))
             .map(|_| {
@@ -98,7 +99,7 @@ impl Lanes {
                     metrics: Arc::clone(metrics),
                     max_batch: config.max_batch.clamp(1, MAX_BATCH),
                 };
-                tracker.spawn(lane.run(queue, stop.clone()));
+                essential("lane", tracker, fatal, lane.run(queue, stop.clone()));
                 sender
             })
             .collect();

@@ -89,11 +89,12 @@ pub struct Parts<'a> {
 
 impl Inventory {
     /// Starts the lanes, the snapshots and the sold-out index. They end with `stop`; the lanes first finish
-    /// what they hold.
+    /// what they hold. Should one of them panic, `fatal` is cancelled.
     pub fn start(
         parts: &Parts<'_>,
         tracker: &TaskTracker,
         stop: &CancellationToken,
+        fatal: &CancellationToken,
     ) -> Result<Inventory, Unavailable> {
         let url = parts.ledger.partitions.first().map_or("", |url| url.as_str());
         let target = connection::Target::new(url, parts.ledger.response_timeout_ms)?;
@@ -105,10 +106,15 @@ impl Inventory {
             parts.authority.clone(),
             Arc::clone(&metrics),
             tracker,
-            stop,
+            (stop, fatal),
         );
-        let sold_out =
-            sold_out::SoldOut::start(&target, parts.inventory.winners_max, Arc::clone(&view), tracker, stop);
+        let sold_out = sold_out::SoldOut::start(
+            &target,
+            parts.inventory.winners_max,
+            Arc::clone(&view),
+            tracker,
+            (stop, fatal),
+        );
         let lanes = lane::Lanes::start(
             &target,
             parts.inventory,
@@ -117,7 +123,7 @@ impl Inventory {
             &sold_out,
             &metrics,
             tracker,
-            stop,
+            (stop, fatal),
         );
         Ok(Inventory(Arc::new(Inner {
             lanes,

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use super::connection::Target;
 use super::metrics::InventoryMetrics;
 use crate::config::InventoryConfig;
+use crate::tasks::essential;
 use crate::topology::Authority;
 
 /// Sales read in one call; a call of this size takes Redis about 2 ms.
@@ -191,7 +192,7 @@ pub(super) fn start(
     authority: Authority,
     metrics: Arc<InventoryMetrics>,
     tracker: &TaskTracker,
-    stop: &CancellationToken,
+    (stop, fatal): (&CancellationToken, &CancellationToken),
 ) -> (Arc<ArcSwap<SalesView>>, watch::Receiver<u64>) {
     let view = Arc::new(ArcSwap::from_pointee(SalesView::default()));
     let (changed, subscribe) = watch::channel(0);
@@ -207,7 +208,8 @@ pub(super) fn start(
         changed,
         metrics,
     };
-    tracker.spawn(refresher.run(Duration::from_millis(config.snapshot_interval_ms), stop.clone()));
+    let interval = Duration::from_millis(config.snapshot_interval_ms);
+    essential("snapshots", tracker, fatal, refresher.run(interval, stop.clone()));
     (view, subscribe)
 }
 

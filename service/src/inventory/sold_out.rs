@@ -17,6 +17,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use redis::aio::MultiplexedConnection;
 use seckill_domain::{OutboxId, SaleId, SalePhase, Uid};
 use seckill_ledger::outbox::{self, Event};
@@ -30,6 +31,7 @@ use tokio_util::task::TaskTracker;
 use super::Purchase;
 use super::connection::Target;
 use super::snapshot::SalesView;
+use crate::tasks::essential;
 
 /// How often the outbox is followed while there is an index.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(20);
@@ -88,7 +90,7 @@ impl SoldOut {
         winners_max: usize,
         view: Arc<ArcSwap<SalesView>>,
         tracker: &TaskTracker,
-        stop: &CancellationToken,
+        (stop, fatal): (&CancellationToken, &CancellationToken),
     ) -> Arc<SoldOut> {
         let sold_out = Arc::new(SoldOut {
             armed: AtomicUsize::new(0),
@@ -98,8 +100,16 @@ impl SoldOut {
             work: Notify::new(),
             view,
         });
-        tracker.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&sold_out).listen(target.clone())));
-        tracker.spawn(stop.clone().run_until_cancelled_owned(Arc::clone(&sold_out).keep(target.clone())));
+        let until_stopped = |task| {
+            let stop = stop.clone();
+            async move {
+                stop.run_until_cancelled_owned(task).await;
+            }
+        };
+        let listen: BoxFuture<'static, ()> = Box::pin(Arc::clone(&sold_out).listen(target.clone()));
+        let keep: BoxFuture<'static, ()> = Box::pin(Arc::clone(&sold_out).keep(target.clone()));
+        essential("sold-out announcements", tracker, fatal, until_stopped(listen));
+        essential("sold-out index", tracker, fatal, until_stopped(keep));
         sold_out
     }
 

@@ -53,7 +53,7 @@ impl Shop {
         let ledger =
             LedgerConfig { partitions: vec![SecretUrl::new(redis.url())], ..LedgerConfig::default() };
         let parts = Parts { ledger: &ledger, inventory: &config, retry_window_ms: 0, topology, authority };
-        let inventory = Inventory::start(&parts, &tracker, &stop).unwrap();
+        let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
         Shop { redis, fence, inventory, tracker, stop, _dir: dir }
     }
 
