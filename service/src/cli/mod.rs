@@ -1,0 +1,118 @@
+//! The command line.
+//!
+//! Exit codes: 0 done · 1 error, wrong usage included · 2 refused, nothing changed · 3 aborted and rolled back ·
+//! 4 unknown, may still happen · 5 done, verification failed. `audit` has its own: 0 clean · 2 violation ·
+//! 3 incomplete.
+
+mod audit;
+mod check;
+mod client;
+mod exit;
+mod ledger;
+mod output;
+mod sale;
+mod show;
+mod token;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use exit::{Exit, Failure};
+use output::Format;
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 error (wrong usage included), 2 refused and nothing changed, 3 aborted and rolled back,
+4 unknown (it may have happened), 5 done but verification failed. audit: 0 clean, 2 violation, 3 incomplete.
+
+Start here:
+  seckill up                                     everything on this machine; wait for `ready`
+  seckill sale create phone-1 --quantity 100 --price 199900 --currency CNY
+  seckill token issue --uid alice
+  seckill audit";
+
+/// A flash-sale service: decides once, without overselling, who gets the units.
+#[derive(Debug, Parser)]
+#[command(name = "seckill", version, after_help = EXIT_CODES)]
+struct Cli {
+    /// Form of what is printed
+    #[arg(short, long, value_enum, global = true, default_value_t = Format::Text)]
+    output: Format,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Check a configuration, or print the default one
+    #[command(subcommand)]
+    Config(check::ConfigCommand),
+    /// Issue tokens
+    #[command(subcommand)]
+    Token(token::TokenCommand),
+    /// Begin a ledger, or adopt one
+    #[command(subcommand)]
+    Ledger(ledger::LedgerCommand),
+    /// Create, list and change sales
+    #[command(subcommand)]
+    Sale(sale::SaleCommand),
+    /// Show the topology
+    #[command(subcommand)]
+    Topology(show::TopologyCommand),
+    /// Show the master center
+    #[command(subcommand)]
+    Master(show::MasterCommand),
+    /// Compare ledger, outbox and order tables: 0 clean, 2 violation, 3 incomplete
+    Audit(audit::AuditArgs),
+}
+
+/// Runs the command that the arguments name.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors; wrong usage must not look like `refused`, clap's own code is 2.
+            let exit = if error.use_stderr() { Exit::Error } else { Exit::Done };
+            let _ = error.print();
+            return ExitCode::from(exit.code());
+        }
+    };
+    let format = cli.output;
+    let outcome = match cli.command {
+        Command::Config(command) => check::run(command, format),
+        Command::Token(command) => token::run(command, format),
+        command => client_runtime().and_then(|runtime| runtime.block_on(ask(command, format))),
+    };
+    match outcome {
+        Ok(exit) => ExitCode::from(exit.code()),
+        Err(failure) => {
+            eprintln!("seckill: {}", failure.message);
+            if format == Format::Json {
+                output::print_json(&failure.json());
+            }
+            ExitCode::from(failure.exit.code())
+        }
+    }
+}
+
+/// The commands that talk to a running service.
+async fn ask(command: Command, format: Format) -> exit::Outcome {
+    match command {
+        Command::Ledger(command) => ledger::run(command, format).await,
+        Command::Sale(command) => sale::run(command, format).await,
+        Command::Topology(command) => show::topology(command, format).await,
+        Command::Master(command) => show::master(command, format).await,
+        Command::Audit(args) => audit::run(args, format).await,
+        Command::Config(_) | Command::Token(_) => {
+            unreachable!("these need no service")
+        }
+    }
+}
+
+fn client_runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::error(format!("cannot start: {error}")))
+}

@@ -1,0 +1,110 @@
+//! `seckill topology show` and `seckill master show`.
+
+use clap::Subcommand;
+use serde_json::{Map, Value};
+
+use super::client::{AdminClient, Call, ServiceArgs};
+use super::exit::{Exit, Failure, Outcome};
+use super::output::{Format, aligned, cell, print, print_json, print_object};
+
+/// `seckill topology …`
+#[derive(Debug, Subcommand)]
+pub(super) enum TopologyCommand {
+    /// Show the topology: master, epoch, centers, shards, limits
+    Show {
+        #[command(flatten)]
+        service: ServiceArgs,
+    },
+}
+
+/// `seckill master …`
+#[derive(Debug, Subcommand)]
+pub(super) enum MasterCommand {
+    /// Show which center is the master, at which epoch, and in which state
+    Show {
+        #[command(flatten)]
+        service: ServiceArgs,
+    },
+}
+
+/// Runs `seckill topology …`.
+pub(super) async fn topology(command: TopologyCommand, format: Format) -> Outcome {
+    let TopologyCommand::Show { service } = command;
+    let topology = fetch(&service).await?;
+    match format {
+        Format::Json => print_json(&topology),
+        Format::Text => print(&describe(&topology)),
+    }
+    Ok(Exit::Done)
+}
+
+/// Runs `seckill master …`.
+pub(super) async fn master(command: MasterCommand, format: Format) -> Outcome {
+    let MasterCommand::Show { service } = command;
+    let topology = fetch(&service).await?;
+    let fields = ["master", "epoch", "state", "in_sync", "shift", "ledger_id"];
+    let picked: Map<String, Value> = fields
+        .iter()
+        .map(|name| ((*name).to_owned(), topology.get(*name).cloned().unwrap_or(Value::Null)))
+        .collect();
+    print_object(format, &Value::Object(picked));
+    Ok(Exit::Done)
+}
+
+async fn fetch(service: &ServiceArgs) -> Result<Value, Failure> {
+    AdminClient::new(service)?.call(&Call::get("/admin/v1/topology")).await?.json()
+}
+
+fn describe(topology: &Value) -> String {
+    let Value::Object(fields) = topology else { return topology.to_string() };
+    let mut rows = Vec::new();
+    for (name, value) in fields {
+        if !matches!(name.as_str(), "centers" | "shard_owners" | "limits") {
+            rows.push(vec![name.clone(), cell(value)]);
+        }
+    }
+    rows.push(vec!["shards".to_owned(), shards(topology)]);
+    for (name, rate) in topology.get("limits").and_then(Value::as_object).into_iter().flatten() {
+        let rate = match (rate.get("per_second"), rate.get("burst")) {
+            (Some(per_second), Some(burst)) => format!("{per_second}/s, burst {burst}"),
+            _ => "off".to_owned(),
+        };
+        rows.push(vec![format!("limit {name}"), rate]);
+    }
+    for (id, center) in topology.get("centers").and_then(Value::as_object).into_iter().flatten() {
+        for (name, value) in center.as_object().into_iter().flatten() {
+            rows.push(vec![format!("center {id} {name}"), cell(value)]);
+        }
+    }
+    aligned(&[], rows)
+}
+
+/// Who owns which shards, as ranges: `a: 0-63`.
+fn shards(topology: &Value) -> String {
+    let owners: Vec<&str> = topology
+        .get("shard_owners")
+        .and_then(Value::as_array)
+        .map(|owners| owners.iter().map(|owner| owner.as_str().unwrap_or("?")).collect())
+        .unwrap_or_default();
+    let mut ranges: Vec<(&str, usize, usize)> = Vec::new();
+    for (shard, owner) in owners.into_iter().enumerate() {
+        match ranges.last_mut() {
+            Some((last, _, end)) if *last == owner => *end = shard,
+            _ => ranges.push((owner, shard, shard)),
+        }
+    }
+    let ranges: Vec<String> =
+        ranges.into_iter().map(|(owner, start, end)| format!("{owner}: {start}-{end}")).collect();
+    ranges.join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_shown_as_ranges() {
+        let topology = serde_json::json!({ "shard_owners": ["a", "a", "b", "a"] });
+        assert_eq!(shards(&topology), "a: 0-1, b: 2-2, a: 3-3");
+    }
+}
