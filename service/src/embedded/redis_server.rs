@@ -180,7 +180,7 @@ async fn supervise(
 struct Run {
     pidfd: Arc<OwnedFd>,
     exit: oneshot::Receiver<io::Result<ExitStatus>>,
-    /// Device and inode of the folder with the data.
+    /// Device and inode of the folder with the data, once it is there.
     data: Option<(u64, u64)>,
 }
 
@@ -227,7 +227,6 @@ impl Run {
             run.end(matches!(error, RedisError::Ended { .. })).await;
             return Err(error);
         }
-        run.data = identity(&data_folder(&options.dir));
         Ok(run)
     }
 
@@ -270,9 +269,13 @@ impl Run {
                 () = stop.cancelled() => return None,
                 _ = ticks.tick() => {}
             }
+            if self.data.is_none() {
+                self.data = identity(&data_folder(&options.dir));
+                continue;
+            }
             // A server whose files were deleted goes on writing into them: nothing it acknowledges would be there
             // after the next restart.
-            if self.data.is_some() && identity(&data_folder(&options.dir)) != self.data {
+            if identity(&data_folder(&options.dir)) != self.data {
                 let reason = format!(
                     "the data folder {} was deleted under the running Redis. Sales have stopped. Restore it and \
                      restart; or run `seckill ledger adopt` to go on with an empty ledger: no order id repeats",

@@ -150,7 +150,8 @@ struct Shared {
     center: Option<CenterId>,
     lease_ns: u64,
     verdict: ArcSwap<Verdict>,
-    lapsed: NoAuthority,
+    /// What a lease that ran out is answered with; says why when that is known.
+    lapsed: ArcSwap<NoAuthority>,
     inputs: Mutex<Inputs>,
     status: watch::Sender<AuthorityStatus>,
     suspicion: Notify,
@@ -222,7 +223,7 @@ impl Authority {
                 center,
                 lease_ns,
                 verdict: ArcSwap::from_pointee(verdict),
-                lapsed,
+                lapsed: ArcSwap::from_pointee(lapsed),
                 inputs: Mutex::new(Inputs { confirmed: None, partitions }),
                 status: watch::Sender::new(status),
                 suspicion: Notify::new(),
@@ -238,7 +239,7 @@ impl Authority {
                 if boottime_ns() < *deadline_ns {
                     Ok(Arc::clone(fence))
                 } else {
-                    Err(self.shared.lapsed.clone())
+                    Err(NoAuthority::clone(&self.shared.lapsed.load()))
                 }
             }
             Verdict::Refused(refusal) => Err(refusal.clone()),
@@ -282,8 +283,14 @@ impl Authority {
         self.publish(&inputs);
     }
 
-    /// The topology could not be read: only publishes a lease that ran out meanwhile.
-    pub(crate) fn unconfirmed(&self) {
+    /// The topology could not be read: publishes a lease that ran out meanwhile.
+    pub(crate) fn unconfirmed(&self, why: &str) {
+        self.shared.lapsed.store(Arc::new(NoAuthority::new(
+            Cause::LeaseExpired,
+            format!(
+                "the topology could not be confirmed in time: {why}. Sales go on when it can be read again"
+            ),
+        )));
         self.publish(&self.inputs());
     }
 
@@ -317,7 +324,7 @@ impl Authority {
         let verdict = self.judge(inputs);
         let status = match &verdict {
             Verdict::Granted { deadline_ns, .. } if boottime_ns() >= *deadline_ns => {
-                Err(self.shared.lapsed.clone())
+                Err(NoAuthority::clone(&self.shared.lapsed.load()))
             }
             Verdict::Granted { fence, .. } => Ok(Arc::clone(fence)),
             Verdict::Refused(refusal) => Err(refusal.clone()),

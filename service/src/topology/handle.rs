@@ -103,7 +103,7 @@ impl TopologyHandle {
                         }
                     }
                     Err(error) => {
-                        handle.shared.authority.unconfirmed();
+                        handle.shared.authority.unconfirmed(&error.to_string());
                         if !std::mem::replace(&mut failing, true) {
                             tracing::error!(%error, "the topology cannot be confirmed");
                         }

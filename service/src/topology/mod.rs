@@ -8,6 +8,8 @@ mod authority;
 mod document;
 mod file_store;
 mod handle;
+#[cfg(test)]
+mod tests;
 
 pub use authority::{Authority, AuthorityStatus, Cause, NoAuthority};
 pub use document::{
