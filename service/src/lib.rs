@@ -4,6 +4,7 @@ pub mod admission;
 pub mod cli;
 pub mod config;
 pub mod embedded;
+pub mod http;
 pub mod inventory;
 pub mod orders;
 pub mod shift;

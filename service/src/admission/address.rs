@@ -88,6 +88,6 @@ mod tests {
     #[test]
     fn an_unreadable_hop_ends_the_chain() {
         assert_eq!(client("10.0.0.1", &["203.0.113.1, unknown, 10.0.0.7"]), "10.0.0.7");
-        assert_eq!(client("10.0.0.1", &["\u{1}"]), "10.0.0.1");
+        assert_eq!(client("10.0.0.1", &[""]), "10.0.0.1");
     }
 }

@@ -5,6 +5,7 @@
 //! contained, `age_ms` its age when the snapshot was taken: a cut-off center shows how old its picture is.
 
 use std::collections::{BTreeMap, HashMap};
+use std::hash::{Hash as _, Hasher as _};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -38,6 +39,7 @@ pub struct SalesView {
     age_ms: u64,
     loaded: bool,
     list: OnceLock<Bytes>,
+    list_etag: OnceLock<http::HeaderValue>,
 }
 
 /// One sale at that moment.
@@ -96,6 +98,19 @@ impl SalesView {
                 json(&PublicSales { sales, as_of: self.as_of, age_ms: self.age_ms })
             })
             .clone()
+    }
+
+    /// A weak entity tag of the list: changes with any of its sales' tags.
+    pub fn list_etag(&self) -> &http::HeaderValue {
+        self.list_etag.get_or_init(|| {
+            let mut hasher = std::hash::DefaultHasher::new();
+            for (id, sale) in self.order.iter().filter_map(|id| Some((id, self.sales.get(id)?))) {
+                id.hash(&mut hasher);
+                sale.etag().hash(&mut hasher);
+            }
+            http::HeaderValue::try_from(format!("W/\"{:016x}\"", hasher.finish()))
+                .unwrap_or_else(|_| http::HeaderValue::from_static("W/\"0\""))
+        })
     }
 
     /// One sale.
@@ -345,7 +360,16 @@ impl Refresher {
             sales.insert(id.clone(), view);
         }
         let at = super::sold_out::at(last.fence.as_deref(), last.seq);
-        let view = SalesView { sales, order, at, as_of: clock, age_ms, loaded: true, list: OnceLock::new() };
+        let view = SalesView {
+            sales,
+            order,
+            at,
+            as_of: clock,
+            age_ms,
+            loaded: true,
+            list: OnceLock::new(),
+            list_etag: OnceLock::new(),
+        };
         self.view.store(Arc::new(view));
     }
 }

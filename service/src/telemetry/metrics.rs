@@ -73,10 +73,10 @@ impl Metrics {
     }
 
     /// Gives a route its name in `/metrics`. Done once per route when the router is built.
-    pub fn name_route(&self, route: usize, name: &'static str) {
+    pub fn name_route(&self, route: usize, name: &str) {
         let mut names = self.http.route_names.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(slot) = names.get_mut(route) {
-            *slot = Some(name);
+            *slot = Some(name.into());
         }
     }
 
@@ -208,7 +208,7 @@ struct HttpMetrics {
     streams: AtomicI64,
     durations: Box<[[Durations; 4]]>,
     purchases: [AtomicU64; MAX_OUTCOMES],
-    route_names: Mutex<[Option<&'static str>; MAX_ROUTES]>,
+    route_names: Mutex<[Option<Box<str>>; MAX_ROUTES]>,
     outcome_names: Mutex<[Option<&'static str>; MAX_OUTCOMES]>,
 }
 
@@ -219,7 +219,7 @@ impl Default for HttpMetrics {
             streams: AtomicI64::new(0),
             durations: (0..MAX_ROUTES).map(|_| Default::default()).collect(),
             purchases: std::array::from_fn(|_| AtomicU64::new(0)),
-            route_names: Mutex::new([None; MAX_ROUTES]),
+            route_names: Mutex::new([const { None }; MAX_ROUTES]),
             outcome_names: Mutex::new([None; MAX_OUTCOMES]),
         }
     }
@@ -264,7 +264,7 @@ impl Collector for HttpCollector {
             counter.encode(purchases.encode_family(&[("code", *name)])?)?;
         }
 
-        let names = *http.route_names.lock().unwrap_or_else(PoisonError::into_inner);
+        let names = http.route_names.lock().unwrap_or_else(PoisonError::into_inner);
         let mut durations = encoder.encode_descriptor(
             "http_request_duration",
             "Time from a request's head to its answer's head",
@@ -287,7 +287,7 @@ impl Collector for HttpCollector {
                 }
                 let sum_s = series.sum_ns.load(Ordering::Relaxed) as f64 / 1e9;
                 durations
-                    .encode_family(&[("route", *name), ("status", class.label())])?
+                    .encode_family(&[("route", &**name), ("status", class.label())])?
                     .encode_histogram::<[(&str, &str); 0]>(sum_s, count, &buckets, None)?;
             }
         }

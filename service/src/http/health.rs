@@ -1,0 +1,109 @@
+//! Probes and metrics: no token, admin listener only.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use axum::response::Response;
+use http::header::CONTENT_TYPE;
+use http::{HeaderValue, StatusCode};
+use serde_json::json;
+
+use super::AdminState;
+use super::call::{Call, private_json};
+use super::problem::Problem;
+
+/// How long `/readyz` waits for the order database.
+const STORE_WITHIN: Duration = Duration::from_secs(1);
+const OPENMETRICS: HeaderValue =
+    HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
+
+/// Where the process stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Not ready yet.
+    Starting = 0,
+    /// Takes requests.
+    Serving = 1,
+    /// Finishes what it has; new requests should go elsewhere.
+    Draining = 2,
+}
+
+impl Stage {
+    fn name(self) -> &'static str {
+        match self {
+            Stage::Starting => "starting",
+            Stage::Serving => "ready",
+            Stage::Draining => "draining",
+        }
+    }
+}
+
+/// Tells the probes where the process stands. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness(Arc<AtomicU8>);
+
+impl Readiness {
+    /// The process has come to a stage.
+    pub fn set(&self, stage: Stage) {
+        self.0.store(stage as u8, Ordering::Release);
+    }
+
+    /// Where it stands.
+    pub fn stage(&self) -> Stage {
+        match self.0.load(Ordering::Acquire) {
+            0 => Stage::Starting,
+            1 => Stage::Serving,
+            _ => Stage::Draining,
+        }
+    }
+}
+
+/// `GET /livez`: the process answers.
+pub(super) async fn live(_state: Arc<AdminState>, _call: Call) -> Result<Response, Problem> {
+    private_json(&json!({ "status": "alive" }))
+}
+
+/// `GET /readyz`: 503 only while starting or draining. Reads go on when degraded or without authority, so those
+/// are told in the body alone.
+pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Response, Problem> {
+    let stage = state.readiness.stage();
+    let topology = state.topology.current();
+    let authority = match state.authority.grant() {
+        Ok(fence) => json!({ "granted": true, "epoch": fence.epoch, "master": fence.master }),
+        Err(refusal) => {
+            json!({ "granted": false, "cause": refusal.cause.as_str(), "reason": &*refusal.reason })
+        }
+    };
+    let sales = state.inventory.sales();
+    let store = match tokio::time::timeout(STORE_WITHIN, state.orders.position(0)).await {
+        Ok(Ok(position)) => json!({ "ok": true, "position": position }),
+        Ok(Err(error)) => {
+            tracing::warn!(%error, "the order database does not answer the probe");
+            json!({ "ok": false })
+        }
+        Err(_) => json!({ "ok": false }),
+    };
+    let mut response = private_json(&json!({
+        "status": stage.name(),
+        "center": state.center,
+        "authority": authority,
+        "ledger": { "loaded": sales.is_loaded(), "as_of": sales.as_of(), "age_ms": sales.age_ms() },
+        "store": store,
+        "topology": { "state": topology.state, "epoch": topology.epoch, "master": topology.master },
+        "degraded": topology.state == crate::topology::TopologyState::Degraded,
+    }))?;
+    if stage != Stage::Serving {
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+    }
+    Ok(response)
+}
+
+/// `GET /metrics`
+pub(super) async fn metrics(state: Arc<AdminState>, _call: Call) -> Result<Response, Problem> {
+    let text = state.metrics.encode().map_err(Problem::internal)?;
+    let mut response = Response::new(text.into());
+    response.headers_mut().insert(CONTENT_TYPE, OPENMETRICS);
+    Ok(response)
+}
