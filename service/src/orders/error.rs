@@ -1,6 +1,6 @@
 //! What can go wrong with the order database.
 
-use seckill_domain::{OutboxId, Shard};
+use seckill_domain::{InvalidId, InvalidMoney, OutboxId, Shard, UnknownState};
 
 /// A call to the order database that gave no answer to its question.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +73,26 @@ impl Error {
             | Error::Closed
             | Error::NotOwner(_) => false,
         }
+    }
+}
+
+// What does not parse in a row was not written by us.
+
+impl From<InvalidId> for Error {
+    fn from(error: InvalidId) -> Self {
+        Error::Row(error.to_string())
+    }
+}
+
+impl From<InvalidMoney> for Error {
+    fn from(error: InvalidMoney) -> Self {
+        Error::Row(error.to_string())
+    }
+}
+
+impl From<UnknownState> for Error {
+    fn from(error: UnknownState) -> Self {
+        Error::Row(error.to_string())
     }
 }
 

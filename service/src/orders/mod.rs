@@ -18,6 +18,9 @@ mod trim;
 mod updates;
 mod workers;
 
+#[cfg(test)]
+mod tests;
+
 pub use error::Error;
 pub use metrics::OrderMetrics;
 pub use model::{

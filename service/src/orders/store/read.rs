@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use seckill_domain::{
-    CouponState, Currency, InvalidId, InvalidMoney, Millis, Money, OrderId, OrderStatus, OutboxId, Quantity,
-    SHARDS, SaleId, SaleKind, Shard, TABLES, Table, Uid, UnknownState,
+    CouponState, Currency, Millis, Money, OrderId, OrderStatus, OutboxId, Quantity, SHARDS, SaleId, SaleKind,
+    Shard, TABLES, Table, Uid,
 };
 use sqlx::sqlite::{SqliteConnection, SqlitePool, SqliteRow};
 use sqlx::{AssertSqlSafe, Connection, Row};
@@ -264,8 +264,8 @@ pub(super) async fn pending_releases(
         .map(|row| {
             Ok(Release {
                 order_id: parse_order_id(row.try_get(0)?)?,
-                uid: Uid::new(row.try_get(1)?).map_err(bad_id)?,
-                sale_id: SaleId::new(row.try_get(2)?).map_err(bad_id)?,
+                uid: Uid::new(row.try_get(1)?)?,
+                sale_id: SaleId::new(row.try_get(2)?)?,
             })
         })
         .collect()
@@ -309,7 +309,7 @@ pub(super) async fn counts(pool: &SqlitePool, sale_id: Option<&SaleId>) -> Resul
             .collect();
         for row in counted(&mut tx, sql.join(" UNION ALL "), sale_id).await? {
             let (sale, state, found) = row?;
-            let status: OrderStatus = state.parse().map_err(bad_state)?;
+            let status: OrderStatus = state.parse()?;
             let total = counts.sales.entry(sale).or_default().by_status.entry(status.as_str()).or_default();
             total.orders += found.orders;
             total.units += found.units;
@@ -342,7 +342,7 @@ async fn counted(
     let rows = query.fetch_all(conn).await?;
     let read = |row: &SqliteRow| -> Counted {
         let found = StatusCounts { orders: count(row.try_get(2)?), units: count(row.try_get(3)?) };
-        Ok((SaleId::new(row.try_get(0)?).map_err(bad_id)?, row.try_get(1)?, found))
+        Ok((SaleId::new(row.try_get(0)?)?, row.try_get(1)?, found))
     };
     Ok(rows.iter().map(read).collect())
 }
@@ -359,7 +359,7 @@ pub(super) async fn sales(pool: &SqlitePool) -> Result<Vec<SaleId>, Error> {
             shard.tables().map(|table| format!("SELECT DISTINCT sale_id FROM orders_{table}")).collect();
         let rows = sqlx::query(AssertSqlSafe(sql.join(" UNION "))).fetch_all(pool).await?;
         for row in rows {
-            found.insert(SaleId::new(row.try_get(0)?).map_err(bad_id)?, ());
+            found.insert(SaleId::new(row.try_get(0)?)?, ());
         }
     }
     Ok(found.into_keys().collect())
@@ -370,18 +370,18 @@ pub(super) async fn sales(pool: &SqlitePool) -> Result<Vec<SaleId>, Error> {
 pub(super) fn order_from(row: &SqliteRow) -> Result<Order, Error> {
     Ok(Order {
         order_id: parse_order_id(row.try_get(0)?)?,
-        uid: Uid::new(row.try_get(1)?).map_err(bad_id)?,
-        sale_id: SaleId::new(row.try_get(2)?).map_err(bad_id)?,
+        uid: Uid::new(row.try_get(1)?)?,
+        sale_id: SaleId::new(row.try_get(2)?)?,
         kind: match row.try_get(3)? {
             "product" => SaleKind::Product,
             "coupon" => SaleKind::Coupon,
             other => return Err(Error::Row(format!("kind {other:?}"))),
         },
-        quantity: Quantity::new(row.try_get(4)?).map_err(bad_money)?,
+        quantity: Quantity::new(row.try_get(4)?)?,
         unit_price: Money::stored(row.try_get(5)?),
-        currency: row.try_get::<&str, _>(6)?.parse::<Currency>().map_err(bad_money)?,
+        currency: row.try_get::<&str, _>(6)?.parse::<Currency>()?,
         amount: Money::stored(row.try_get(7)?),
-        status: row.try_get::<&str, _>(8)?.parse::<OrderStatus>().map_err(bad_state)?,
+        status: row.try_get::<&str, _>(8)?.parse::<OrderStatus>()?,
         created_at: Millis(row.try_get(9)?),
         expires_at: Millis(row.try_get(10)?),
         paid_at: row.try_get::<Option<i64>, _>(11)?.map(Millis),
@@ -408,13 +408,13 @@ pub(super) fn coupon_columns() -> &'static str {
 pub(super) fn coupon_from(row: &SqliteRow) -> Result<Coupon, Error> {
     Ok(Coupon {
         coupon_id: parse_order_id(row.try_get(0)?)?,
-        uid: Uid::new(row.try_get(1)?).map_err(bad_id)?,
-        sale_id: SaleId::new(row.try_get(2)?).map_err(bad_id)?,
+        uid: Uid::new(row.try_get(1)?)?,
+        sale_id: SaleId::new(row.try_get(2)?)?,
         discount: Money::stored(row.try_get(3)?),
         min_amount: Money::stored(row.try_get(4)?),
-        currency: row.try_get::<&str, _>(5)?.parse::<Currency>().map_err(bad_money)?,
+        currency: row.try_get::<&str, _>(5)?.parse::<Currency>()?,
         valid_until: Millis(row.try_get(6)?),
-        state: row.try_get::<&str, _>(7)?.parse::<CouponState>().map_err(bad_state)?,
+        state: row.try_get::<&str, _>(7)?.parse::<CouponState>()?,
         created_at: Millis(row.try_get(8)?),
         redeemed_by: row.try_get::<Option<&str>, _>(9)?.map(parse_order_id).transpose()?,
     })
@@ -428,31 +428,19 @@ pub(super) fn refund_from(row: &SqliteRow) -> Result<Refund, Error> {
     Ok(Refund {
         payment_id: PaymentId::new(row.try_get(1)?).map_err(|error| Error::Row(error.to_string()))?,
         order_id: parse_order_id(row.try_get(2)?)?,
-        uid: Uid::new(row.try_get(3)?).map_err(bad_id)?,
-        sale_id: SaleId::new(row.try_get(4)?).map_err(bad_id)?,
+        uid: Uid::new(row.try_get(3)?)?,
+        sale_id: SaleId::new(row.try_get(4)?)?,
         amount: Money::stored(row.try_get(5)?),
-        currency: row.try_get::<&str, _>(6)?.parse::<Currency>().map_err(bad_money)?,
-        order_status: row.try_get::<&str, _>(7)?.parse::<OrderStatus>().map_err(bad_state)?,
+        currency: row.try_get::<&str, _>(6)?.parse::<Currency>()?,
+        order_status: row.try_get::<&str, _>(7)?.parse::<OrderStatus>()?,
         created_at: Millis(row.try_get(8)?),
     })
 }
 
 pub(super) fn parse_outbox_id(text: &str) -> Result<OutboxId, Error> {
-    text.parse().map_err(bad_id)
+    Ok(text.parse()?)
 }
 
 pub(super) fn parse_order_id(text: &str) -> Result<OrderId, Error> {
-    text.parse().map_err(bad_id)
-}
-
-fn bad_id(error: InvalidId) -> Error {
-    Error::Row(error.to_string())
-}
-
-fn bad_money(error: InvalidMoney) -> Error {
-    Error::Row(error.to_string())
-}
-
-fn bad_state(error: UnknownState) -> Error {
-    Error::Row(error.to_string())
+    Ok(text.parse()?)
 }

@@ -89,7 +89,7 @@ impl Writer {
 
     /// Hands a write over and waits for its outcome; refused when too many wait.
     pub(super) async fn run<W: Write>(&self, write: W) -> Result<W::Output, Error> {
-        let (job, outcome) = Pending::new(write);
+        let (job, outcome) = Pending::job(write);
         self.0.try_send(job).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Error::Overloaded,
             mpsc::error::TrySendError::Closed(_) => Error::Closed,
@@ -99,7 +99,7 @@ impl Writer {
 
     /// Hands a write over, waiting for a place in the queue first: for workers, which have nobody to refuse.
     pub(super) async fn run_patiently<W: Write>(&self, write: W) -> Result<W::Output, Error> {
-        let (job, outcome) = Pending::new(write);
+        let (job, outcome) = Pending::job(write);
         self.0.send(job).await.map_err(|_| Error::Closed)?;
         outcome.await.unwrap_or(Err(Error::Closed))
     }
@@ -111,6 +111,9 @@ trait Job: Send {
     fn failed(self: Box<Self>, error: Error);
 }
 
+/// Where the caller waits.
+type Outcome<W> = oneshot::Receiver<Result<<W as Write>::Output, Error>>;
+
 struct Pending<W: Write> {
     write: W,
     output: Option<W::Output>,
@@ -118,7 +121,7 @@ struct Pending<W: Write> {
 }
 
 impl<W: Write> Pending<W> {
-    fn new(write: W) -> (Box<dyn Job>, oneshot::Receiver<Result<W::Output, Error>>) {
+    fn job(write: W) -> (Box<dyn Job>, Outcome<W>) {
         let (reply, outcome) = oneshot::channel();
         (Box::new(Pending { write, output: None, reply }), outcome)
     }
@@ -165,9 +168,8 @@ impl Task {
                     }
                 }
                 Err(error) if group.len() == 1 => {
-                    for job in group.drain(..) {
+                    if let Some(job) = group.pop() {
                         job.failed(error);
-                        break;
                     }
                 }
                 Err(_) => self.one_by_one(&mut group).await,

@@ -1,0 +1,288 @@
+use seckill_domain::{CouponState, Money, OrderStatus, OutboxId, Quantity, TABLES};
+
+use super::*;
+use crate::orders::{Error, OrderFilter, Unreadable};
+
+#[tokio::test]
+async fn what_is_stored_survives_and_is_stored_once() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1999, 900);
+    // More than one insert of each size, and tables with none, one and several.
+    let orders: Vec<_> = (1..=1500).map(|n| order(&format!("user-{n}"), n, &terms)).collect();
+    assert_eq!(fixture.put(&orders).await, StoreOutcome { stored: 1500, duplicates: 0, foreign: 0 });
+    assert_eq!(fixture.put(&orders[..100]).await, StoreOutcome { stored: 0, duplicates: 100, foreign: 0 });
+    fixture.reopen().await;
+    assert_eq!(fixture.store.position(0).await.unwrap(), at(2));
+    for record in &orders {
+        let found = fixture.store.order(record.order_id).await.unwrap().unwrap();
+        assert_eq!(
+            (&found.uid, &found.sale_id, found.quantity),
+            (&record.uid, &record.sale_id, Quantity::ONE)
+        );
+        assert_eq!((found.status, found.amount), (OrderStatus::Created, Money::new(1999).unwrap()));
+        assert_eq!((found.created_at, found.expires_at), (START, START.plus_s(900)));
+    }
+    let counts = fixture.store.counts(None).await.unwrap();
+    assert_eq!(counts.sales[&sale("s")].of(OrderStatus::Created).orders, 1500);
+    assert_eq!((counts.positions, counts.unreadable), (vec![(0, at(2))], 0));
+}
+
+#[tokio::test]
+async fn every_table_takes_orders_and_coupons_under_its_own_name() {
+    let mut fixture = Fixture::new().await;
+    let mut one_each = vec![None; usize::from(TABLES)];
+    let mut seq = 0;
+    for n in 0.. {
+        let uid = format!("u{n}");
+        let place = &mut one_each[usize::from(user(&uid).table().number())];
+        if place.is_none() {
+            seq += 1;
+            *place = Some(order(&uid, seq, &coupon(0)));
+            if seq == u64::from(TABLES) {
+                break;
+            }
+        }
+    }
+    let orders: Vec<_> = one_each.into_iter().flatten().collect();
+    assert_eq!(fixture.put(&orders).await.stored, u64::from(TABLES));
+    let pool = sqlx::SqlitePool::connect(&fixture.url()).await.unwrap();
+    for record in &orders {
+        let table = record.uid.table().number();
+        for (kind, id) in [("orders", "order_id"), ("coupons", "coupon_id")] {
+            let sql = format!("SELECT uid, {id} FROM {kind}_{table:03}");
+            let rows: Vec<(String, String)> =
+                sqlx::query_as(sqlx::AssertSqlSafe(sql)).fetch_all(&pool).await.unwrap();
+            assert_eq!(rows, [(record.uid.to_string(), record.order_id.to_string())]);
+        }
+    }
+    pool.close().await;
+}
+
+#[tokio::test]
+async fn a_position_moves_once_and_takes_its_orders_with_it() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    fixture.put(&[order("bob", 1, &terms)]).await;
+    let late = [order("bob", 2, &terms)];
+    let lost = fixture.store.store(0, at(0), at(1), late.to_vec(), Vec::new()).await;
+    assert!(
+        matches!(lost, Err(Error::PositionMoved { partition: 0, expected: OutboxId::ZERO, found }) if found == at(1)),
+        "{lost:?}"
+    );
+    assert_eq!(fixture.store.order(late[0].order_id).await.unwrap(), None);
+    // Partitions know nothing of each other.
+    fixture.store.store(1, at(0), at(7), late.to_vec(), Vec::new()).await.unwrap();
+    assert_eq!(fixture.store.position(0).await.unwrap(), at(1));
+    assert_eq!(fixture.store.position(1).await.unwrap(), at(7));
+}
+
+#[tokio::test]
+async fn two_stores_on_one_file_store_each_entry_once() {
+    let fixture = Fixture::new().await;
+    let other = fixture.again().await;
+    let terms = product(1, 900);
+    let feed = |store: OrderStore| {
+        let terms = Arc::clone(&terms);
+        async move {
+            let mut stored = 0;
+            loop {
+                let from = store.position(0).await.unwrap();
+                if from.seq == 40 {
+                    return stored;
+                }
+                let seq = from.seq + 1;
+                let orders = vec![order(&format!("u{seq}"), seq, &terms)];
+                match store.store(0, from, at(seq), orders, Vec::new()).await {
+                    Ok(outcome) => stored += outcome.stored,
+                    Err(Error::PositionMoved { .. }) => {}
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        }
+    };
+    let (one, two) = tokio::join!(feed(fixture.store.clone()), feed(other.clone()));
+    assert_eq!(one + two, 40);
+    assert_eq!(
+        fixture.store.counts(None).await.unwrap().sales[&sale("s")].of(OrderStatus::Created).orders,
+        40
+    );
+    other.close().await;
+}
+
+#[tokio::test]
+async fn bob_is_not_bob() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    let orders = [order("Bob", 1, &terms), order("bob", 2, &terms), order("BOB", 3, &terms)];
+    fixture.put(&orders).await;
+    for record in &orders {
+        let own = fixture.store.orders_of(&record.uid, 10, None).await.unwrap();
+        assert_eq!(own.items.iter().map(|order| order.order_id).collect::<Vec<_>>(), [record.order_id]);
+    }
+    // Also where the table is the same: ids that differ in case only are different rows.
+    let cancelled = fixture.store.cancel(&user("bob"), orders[0].order_id).await.unwrap();
+    assert_eq!(cancelled, crate::orders::CancelOutcome::NotFound);
+}
+
+#[tokio::test]
+async fn pages_of_a_list_are_stable_while_it_grows() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    let mut expected = Vec::new();
+    for n in 1..=25 {
+        let record = order("bob", n, &terms);
+        fixture.put(std::slice::from_ref(&record)).await;
+        expected.push(record.order_id);
+        // Several in the same millisecond: then the id decides.
+        if n % 3 == 0 {
+            fixture.clock.advance_ms(1);
+        }
+    }
+    expected.reverse();
+    let (mut seen, mut cursor) = (Vec::new(), None);
+    for n in 0.. {
+        let page = fixture.store.orders_of(&user("bob"), 4, cursor).await.unwrap();
+        seen.extend(page.items.iter().map(|order| order.order_id));
+        fixture.put(&[order("bob", 100 + n, &terms)]).await;
+        // As a client sends it back.
+        cursor = page.next.map(|cursor| cursor.to_string().parse().unwrap());
+        if cursor.is_none() {
+            break;
+        }
+    }
+    assert_eq!(seen, expected);
+    assert_eq!(fixture.store.orders_of(&user("bob"), 0, None).await.unwrap().items.len(), 1);
+    assert_eq!(fixture.store.orders_of(&user("nobody"), 10, None).await.unwrap().items, []);
+}
+
+#[tokio::test]
+async fn a_walk_over_all_orders_sees_each_once() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    let orders: Vec<_> = (1..=300).map(|n| order(&format!("u{n}"), n, &terms)).collect();
+    fixture.put(&orders).await;
+    fixture.store.cancel(&orders[7].uid, orders[7].order_id).await.unwrap();
+    let walk = async |filter: OrderFilter| {
+        let (mut seen, mut cursor) = (Vec::new(), None);
+        loop {
+            let page = fixture.store.admin_orders(&filter, 7, cursor).await.unwrap();
+            seen.extend(page.items.iter().map(|found| found.order.order_id));
+            cursor = page.next;
+            if cursor.is_none() {
+                break;
+            }
+        }
+        seen.sort_unstable();
+        seen
+    };
+    let mut all: Vec<_> = orders.iter().map(|order| order.order_id).collect();
+    all.sort_unstable();
+    assert_eq!(walk(OrderFilter::default()).await, all);
+    assert_eq!(walk(OrderFilter { sale_id: Some(sale("other")), ..OrderFilter::default() }).await, []);
+    let cancelled = OrderFilter { status: Some(OrderStatus::Cancelled), ..OrderFilter::default() };
+    assert_eq!(walk(cancelled).await, [orders[7].order_id]);
+    let of_one = OrderFilter { uid: Some(orders[9].uid.clone()), ..OrderFilter::default() };
+    assert_eq!(walk(of_one).await, [orders[9].order_id]);
+    assert_eq!(fixture.store.sales().await.unwrap(), [sale("s")]);
+}
+
+#[tokio::test]
+async fn an_unreadable_entry_is_set_aside_and_blocks_nothing() {
+    let fixture = Fixture::new().await;
+    let bad = Unreadable {
+        partition: 0,
+        outbox_id: at(1),
+        reason: "kind \"later\"".to_owned(),
+        raw: "v=2".to_owned(),
+    };
+    let good = order("bob", 2, &product(1, 900));
+    let stored = fixture.store.store(0, at(0), at(2), vec![good.clone()], vec![bad.clone()]).await.unwrap();
+    assert_eq!(stored.stored, 1);
+    assert_eq!(fixture.store.unreadable(10, None).await.unwrap().items, [bad]);
+    assert_eq!(fixture.store.counts(None).await.unwrap().unreadable, 1);
+    assert!(fixture.store.order(good.order_id).await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn an_order_id_that_names_two_orders_is_reported() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    let first = order("bob", 1, &terms);
+    fixture.put(std::slice::from_ref(&first)).await;
+    let impostor = OrderRecord { sale_id: sale("other"), ..first.clone() };
+    assert_eq!(fixture.put(&[impostor]).await, StoreOutcome { stored: 0, duplicates: 1, foreign: 0 });
+    let aside = fixture.store.unreadable(10, None).await.unwrap().items;
+    assert!(aside[0].reason.contains("belongs to an order of sale s"), "{aside:?}");
+    assert_eq!(fixture.store.order(first.order_id).await.unwrap().unwrap().sale_id, sale("s"));
+}
+
+#[tokio::test]
+async fn a_database_belongs_to_one_center_and_one_release() {
+    let fixture = Fixture::new().await;
+    let foreign = open(&fixture.folder, &fixture.clock, "b").await;
+    assert!(matches!(&foreign, Err(Error::ForeignCenter { owner, center }) if owner == "a" && center == "b"));
+    assert_eq!(fixture.number("SELECT COUNT(*) FROM shard_owner WHERE owner = 'a'").await, 64);
+    fixture.number("PRAGMA user_version = 99; SELECT 1").await;
+    assert!(matches!(open(&fixture.folder, &fixture.clock, "a").await, Err(Error::Migrate(_))));
+}
+
+#[tokio::test]
+async fn many_may_open_a_new_database_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let clock = Arc::new(ManualClock::new(START));
+    let (one, two, three) =
+        tokio::join!(open(&folder, &clock, "a"), open(&folder, &clock, "a"), open(&folder, &clock, "a"));
+    for store in [one, two, three] {
+        let store = store.unwrap();
+        assert_eq!(store.position(0).await.unwrap(), OutboxId::ZERO);
+        store.close().await;
+    }
+}
+
+#[tokio::test]
+async fn a_shard_of_another_center_is_left_alone() {
+    let mut fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    let (bob, eve) = (order("bob", 1, &terms), order("eve", 2, &terms));
+    assert_ne!(bob.uid.table().shard(), eve.uid.table().shard());
+    fixture.put(std::slice::from_ref(&bob)).await;
+    let pool = sqlx::SqlitePool::connect(&fixture.url()).await.unwrap();
+    sqlx::query("UPDATE shard_owner SET owner = 'b', epoch = 2 WHERE shard = ?")
+        .bind(bob.uid.table().shard().number())
+        .execute(&pool)
+        .await
+        .unwrap();
+    pool.close().await;
+    let late = order("bob", 3, &terms);
+    assert_eq!(
+        fixture.put(&[late.clone(), eve]).await,
+        StoreOutcome { stored: 1, duplicates: 0, foreign: 1 }
+    );
+    assert_eq!(fixture.store.order(late.order_id).await.unwrap(), None);
+    assert!(matches!(fixture.store.cancel(&bob.uid, bob.order_id).await, Err(Error::NotOwner(_))));
+    assert!(matches!(fixture.store.pay(payment(&bob, "p", 1)).await, Err(Error::NotOwner(_))));
+    assert_eq!(fixture.store.expire_due(None, START.plus_s(900), 10).await.unwrap().expired, 1);
+}
+
+#[tokio::test]
+async fn errors_of_the_file_name_it() {
+    for bad in ["mysql://x", "sqlite:", "sqlite::memory:", "sqlite:a?mode=ro", ""] {
+        let options = StoreOptions::new(CenterId::new("a").unwrap());
+        assert!(matches!(OrderStore::open(bad, options).await, Err(Error::Url(_))), "{bad}");
+    }
+    let options = StoreOptions::new(CenterId::new("a").unwrap());
+    let missing = OrderStore::open("sqlite:/nowhere/orders.db", options).await.err().unwrap();
+    assert!(missing.to_string().contains("/nowhere/orders.db"), "{missing}");
+}
+
+#[tokio::test]
+async fn a_closed_store_says_so() {
+    let mut fixture = Fixture::new().await;
+    let record = order("bob", 1, &coupon(0));
+    fixture.put(std::slice::from_ref(&record)).await;
+    let own = fixture.store.coupons_of(&record.uid, 10, None).await.unwrap().items;
+    assert_eq!((own.len(), own[0].state), (1, CouponState::Granted));
+    fixture.store.close().await;
+    assert!(matches!(fixture.store.pay(payment(&record, "p", 1)).await, Err(Error::Closed)));
+    assert!(matches!(fixture.store.order(record.order_id).await, Err(Error::Closed)));
+}
