@@ -176,15 +176,42 @@ pub async fn scan_claims(
     let mut claims = Vec::with_capacity(fields.len());
     for (uid, bytes) in fields {
         let uid = Uid::new(&uid).map_err(|error| Error::Malformed(error.to_string()))?;
-        let records = bytes.chunks_exact(29);
-        if !records.remainder().is_empty() {
-            return Err(Error::Malformed(format!("claims of {uid} in sale {sale}")));
-        }
-        for record in records {
-            claims.push(parse_claim(&uid, record)?);
-        }
+        parse_claims(sale, &uid, &bytes, &mut claims)?;
     }
     Ok((next, claims))
+}
+
+/// The claims of some users in a sale.
+pub async fn claims_of(
+    conn: &mut impl ConnectionLike,
+    sale: &SaleId,
+    uids: &[Uid],
+) -> Result<Vec<Claim>, Error> {
+    let mut claims = Vec::with_capacity(uids.len());
+    if uids.is_empty() {
+        return Ok(claims);
+    }
+    let mut command = redis::cmd("HMGET");
+    command.arg(keys::claims(sale));
+    for uid in uids {
+        command.arg(uid.as_str());
+    }
+    let values: Vec<Option<Vec<u8>>> = command.query_async(conn).await?;
+    for (uid, bytes) in uids.iter().zip(values) {
+        parse_claims(sale, uid, &bytes.unwrap_or_default(), &mut claims)?;
+    }
+    Ok(claims)
+}
+
+fn parse_claims(sale: &SaleId, uid: &Uid, bytes: &[u8], claims: &mut Vec<Claim>) -> Result<(), Error> {
+    let records = bytes.chunks_exact(29);
+    if !records.remainder().is_empty() {
+        return Err(Error::Malformed(format!("claims of {uid} in sale {sale}")));
+    }
+    for record in records {
+        claims.push(parse_claim(uid, record)?);
+    }
+    Ok(())
 }
 
 fn parse_claim(uid: &Uid, record: &[u8]) -> Result<Claim, Error> {

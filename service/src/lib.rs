@@ -1,6 +1,7 @@
 //! seckill: decides once, without overselling, who gets the units of a flash sale.
 
 pub mod admission;
+pub mod audit;
 pub mod cli;
 pub mod config;
 pub mod embedded;

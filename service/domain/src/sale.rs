@@ -200,11 +200,15 @@ impl SaleSpec {
     }
 
     /// Applies a change. Before the start everything in a [`SalePatch`] may change; afterwards only `title`,
-    /// `reference`, `ends_at`, `per_user_limit` and `payment_ttl_s` (which counts for later purchases), because
+    /// `reference`, `ends_at`, `per_user_limit` (upwards) and `payment_ttl_s` (which counts for later purchases), because
     /// what people were shown when they bought has to stay true. Quantity changes go through the stock call.
     pub fn patched(mut self, patch: SalePatch, started: bool) -> Result<SaleSpec, InvalidSale> {
         if started && let Some(field) = patch.frozen_after_start() {
             return Err(InvalidSale::Started(field));
+        }
+        if started && patch.per_user_limit.is_some_and(|limit| limit < self.per_user_limit) {
+            // Who holds more already bought it by the rules.
+            return Err(InvalidSale::Started("per_user_limit to a lower number"));
         }
         self.title = patch.title.unwrap_or(self.title);
         self.reference = patch.reference.or(self.reference);

@@ -28,6 +28,6 @@ pub use model::{
     PayOutcome, Payment, PaymentId, Refund, Release, ReleaseReason, SaleCounts, StatusCounts, StoreOutcome,
     Unreadable,
 };
-pub use store::{Counts, OrderStore, StoreOptions};
+pub use store::{AuditOrder, AuditRows, Counts, OrderStore, StoreOptions, UnreadableOrder};
 pub use updates::{Subscription, TooManySubscribers, Updates};
 pub use workers::{TailerStatus, WorkerOptions, Workers};

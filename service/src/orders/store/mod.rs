@@ -1,5 +1,6 @@
 //! The order database: SQLite through sqlx.
 
+mod audit;
 mod insert;
 mod lifecycle;
 mod queue;
@@ -7,7 +8,7 @@ mod read;
 mod schema;
 mod writer;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use seckill_domain::{
@@ -23,6 +24,7 @@ use super::model::{
     Refund, Release, SaleCounts, StoreOutcome, Unreadable,
 };
 use super::updates::Updates;
+pub use audit::{AuditOrder, AuditRows, UnreadableOrder};
 use writer::{Hub, Writer};
 
 /// How the store is opened.
@@ -267,6 +269,28 @@ impl OrderStore {
     ) -> Result<Page<AdminOrder>, Error> {
         let filter = OrderFilter { sale_id: Some(sale_id.clone()), ..OrderFilter::default() };
         self.admin_orders(&filter, limit, cursor).await
+    }
+
+    /// Some rows of one order table, by order id, for the audit: what the table says, whoever wrote it. Start with
+    /// `after` empty, go on with `next`.
+    pub async fn audit_rows(
+        &self,
+        table: Table,
+        after: &str,
+        sale_id: Option<&SaleId>,
+        limit: u32,
+    ) -> Result<AuditRows, Error> {
+        audit::rows(&self.readers, table, after, sale_id, limit).await
+    }
+
+    /// Those of these orders that are stored.
+    pub async fn audit_orders(&self, orders: &[OrderId]) -> Result<Vec<AuditOrder>, Error> {
+        audit::orders(&self.readers, orders).await
+    }
+
+    /// Those of these orders whose units the ledger has not taken back yet.
+    pub async fn awaiting_release(&self, orders: &[OrderId]) -> Result<HashSet<OrderId>, Error> {
+        audit::awaiting_release(&self.readers, orders).await
     }
 
     /// The sales of which orders are stored.

@@ -1,0 +1,144 @@
+//! What the audit reads: every row as it stands, also what no release of ours would have written.
+
+use std::collections::{BTreeMap, HashSet};
+
+use seckill_domain::{OrderId, OrderStatus, SaleId, Table, Uid};
+use sqlx::sqlite::{SqlitePool, SqliteRow};
+use sqlx::{AssertSqlSafe, Row};
+
+use super::super::error::Error;
+use super::read::parse_order_id;
+
+/// Orders looked up in one query; SQLite takes at least 999 parameters.
+const LOOKUP: usize = 500;
+
+/// A stored order, as far as the audit compares it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditOrder {
+    /// The order.
+    pub order_id: OrderId,
+    /// Whose it is.
+    pub uid: Uid,
+    /// Of which sale.
+    pub sale_id: SaleId,
+    /// How many units.
+    pub quantity: u32,
+    /// Where it stands.
+    pub status: OrderStatus,
+    /// Whether it was closed because an adopted ledger could not claim it again.
+    pub lost: bool,
+}
+
+/// A row that is no order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnreadableOrder {
+    /// What its `order_id` says.
+    pub order_id: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Some rows of one table.
+#[derive(Debug, Clone, Default)]
+pub struct AuditRows {
+    /// The orders.
+    pub orders: Vec<AuditOrder>,
+    /// Rows that are none.
+    pub unreadable: Vec<UnreadableOrder>,
+    /// Where to go on; absent at the end of the table.
+    pub next: Option<String>,
+}
+
+const COLUMNS: &str = "order_id, uid, sale_id, quantity, status, reason IS NOT NULL";
+
+pub(super) async fn rows(
+    pool: &SqlitePool,
+    table: Table,
+    after: &str,
+    sale_id: Option<&SaleId>,
+    limit: u32,
+) -> Result<AuditRows, Error> {
+    let filter = if sale_id.is_some() { "AND sale_id = ?3" } else { "" };
+    let sql = format!(
+        "SELECT {COLUMNS} FROM orders_{table} WHERE order_id > ?1 {filter} ORDER BY order_id LIMIT ?2"
+    );
+    let mut query = sqlx::query(AssertSqlSafe(sql)).bind(after).bind(limit);
+    if let Some(sale_id) = sale_id {
+        query = query.bind(sale_id.as_str());
+    }
+    let found = query.fetch_all(pool).await?;
+    let mut rows = AuditRows::default();
+    if found.len() as u64 == u64::from(limit) {
+        rows.next = found.last().map(|row| row.try_get(0)).transpose()?;
+    }
+    for row in &found {
+        match order_from(row) {
+            Ok(order) => rows.orders.push(order),
+            Err(reason) => rows.unreadable.push(UnreadableOrder {
+                order_id: row.try_get(0).unwrap_or_else(|_| "?".to_owned()),
+                reason,
+            }),
+        }
+    }
+    Ok(rows)
+}
+
+pub(super) async fn orders(pool: &SqlitePool, orders: &[OrderId]) -> Result<Vec<AuditOrder>, Error> {
+    let mut by_table: BTreeMap<Table, Vec<OrderId>> = BTreeMap::new();
+    for order_id in orders {
+        by_table.entry(order_id.table()).or_default().push(*order_id);
+    }
+    let mut found = Vec::with_capacity(orders.len());
+    for (table, orders) in by_table {
+        for chunk in orders.chunks(LOOKUP) {
+            let sql =
+                format!("SELECT {COLUMNS} FROM orders_{table} WHERE order_id IN ({})", marks(chunk.len()));
+            let mut query = sqlx::query(AssertSqlSafe(sql));
+            for order_id in chunk {
+                query = query.bind(order_id.to_string());
+            }
+            for row in query.fetch_all(pool).await? {
+                // A row that cannot be read was reported by the walk through its table.
+                found.extend(order_from(&row));
+            }
+        }
+    }
+    Ok(found)
+}
+
+pub(super) async fn awaiting_release(
+    pool: &SqlitePool,
+    orders: &[OrderId],
+) -> Result<HashSet<OrderId>, Error> {
+    let mut found = HashSet::new();
+    for chunk in orders.chunks(LOOKUP) {
+        let sql = format!(
+            "SELECT order_id FROM releases WHERE state = 'pending' AND order_id IN ({})",
+            marks(chunk.len())
+        );
+        let mut query = sqlx::query_scalar::<_, String>(AssertSqlSafe(sql));
+        for order_id in chunk {
+            query = query.bind(order_id.to_string());
+        }
+        for order_id in query.fetch_all(pool).await? {
+            found.insert(parse_order_id(&order_id)?);
+        }
+    }
+    Ok(found)
+}
+
+fn marks(count: usize) -> String {
+    vec!["?"; count].join(", ")
+}
+
+fn order_from(row: &SqliteRow) -> Result<AuditOrder, String> {
+    let text = |column: usize| row.try_get::<&str, _>(column).map_err(|error| error.to_string());
+    Ok(AuditOrder {
+        order_id: text(0)?.parse().map_err(|error: seckill_domain::InvalidId| error.to_string())?,
+        uid: Uid::new(text(1)?).map_err(|error| error.to_string())?,
+        sale_id: SaleId::new(text(2)?).map_err(|error| error.to_string())?,
+        quantity: row.try_get(3).map_err(|error| error.to_string())?,
+        status: text(4)?.parse().map_err(|error: seckill_domain::UnknownState| error.to_string())?,
+        lost: row.try_get(5).map_err(|error| error.to_string())?,
+    })
+}
