@@ -4,15 +4,15 @@
 --
 -- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
 -- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller
---       then for each order
---         uid
---         claim: key digest (16 bytes, zeros if not known), order id head (4), quantity (3), state 0 (1), sequence (5)
+--       4 the claims one behind the other, 29 bytes each: key digest (16, zeros if not known), order id head (4),
+--         quantity (3), state 0 (1), sequence (5)
+--       5… the uid of each order
 -- Reply {'OK', codes}; codes: a letter for each order
 --         C claimed again   H held already   L above the limit   S not enough left   N no such sale
 --       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
 --@include fence
 
-local FIRST = 4
+local FIRST = 5 -- index of the first order's uid in ARGV
 local CLAIM_BYTES = 29
 
 local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
@@ -31,19 +31,15 @@ for i = 2, missing and 0 or 5 do
   end
 end
 local remaining, limit = tonumber(sale[2]) or 0, tonumber(sale[5]) or 0
-local entries = (#ARGV - FIRST + 1) / 2
-local uids = {}
-for i = 1, entries do
-  uids[i] = ARGV[FIRST + 2 * (i - 1)]
-end
-local before = redis.call('HMGET', KEYS[7], unpack(uids))
+local entries = #ARGV - FIRST + 1
+local before = redis.call('HMGET', KEYS[7], unpack(ARGV, FIRST))
 
 local sub = string.sub
 local codes, writes = {}, {}
 local latest = {}
 local units, orders = 0, 0
 for i = 1, entries do
-  local uid, claim = uids[i], ARGV[FIRST + 2 * i - 1]
+  local uid, claim = ARGV[FIRST + i - 1], sub(ARGV[4], CLAIM_BYTES * (i - 1) + 1, CLAIM_BYTES * i)
   local claims = latest[uid] or before[i] or ''
   local quantity = struct.unpack('>I3', claim, 21)
   local code

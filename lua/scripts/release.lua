@@ -3,13 +3,16 @@
 --
 -- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
 -- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller  4 channel for news
---       then for each order: uid, order id (4 bytes head, 5 bytes sequence, big endian), its 19 digits
+--       5 the order ids one behind the other: 4 bytes head, 5 bytes sequence, big endian
+--       6 the same as 19 digits and a newline each  7… the uid of each order
 -- Reply {'OK', codes}; codes: a letter for each order
 --         R released   A released already   U no such claim: nothing changed
 --       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
 --@include fence
 
-local FIRST = 5
+local FIRST = 7 -- index of the first order's uid in ARGV
+local ORDER_BYTES = 9
+local LINE_BYTES = 20
 local CLAIM_BYTES = 29
 
 local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
@@ -26,21 +29,18 @@ for i = 1, sale[5] and 4 or 0 do
     return damaged('sale ' .. ARGV[2] .. ' lacks a number')
   end
 end
-local entries = (#ARGV - FIRST + 1) / 3
-local uids = {}
-for i = 1, entries do
-  uids[i] = ARGV[FIRST + 3 * (i - 1)]
-end
-local before = redis.call('HMGET', KEYS[7], unpack(uids))
+local entries = #ARGV - FIRST + 1
+local before = redis.call('HMGET', KEYS[7], unpack(ARGV, FIRST))
 
 local sub = string.sub
 local codes, writes, lines = {}, {}, {}
 local latest = {}
 local units = 0
 for i = 1, entries do
-  local uid = uids[i]
-  local order = ARGV[FIRST + 3 * i - 2]
-  local head, sequence = sub(order, 1, 4), sub(order, 5, 9)
+  local uid = ARGV[FIRST + i - 1]
+  local order_at = ORDER_BYTES * (i - 1) + 1
+  local head = sub(ARGV[5], order_at, order_at + 3)
+  local sequence = sub(ARGV[5], order_at + 4, order_at + 8)
   -- Without its sale a claim is of no use: it stays as it is.
   local claims = sale[5] and (latest[uid] or before[i])
   local code = 'U'
@@ -54,7 +54,7 @@ for i = 1, entries do
           latest[uid] = claims
           writes[#writes + 1] = uid
           writes[#writes + 1] = claims
-          lines[#lines + 1] = ARGV[FIRST + 3 * i - 1] .. '\n'
+          lines[#lines + 1] = sub(ARGV[6], LINE_BYTES * (i - 1) + 1, LINE_BYTES * i)
         else
           code = 'A'
         end

@@ -4,10 +4,11 @@
 -- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
 -- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller
 --       4 the quantity of every entry, or 0 where they differ
---       then for each entry
---         uid
---         head: key digest (16 bytes), order id head (4, big endian), quantity (3, big endian), state 0 (1)
---         line of the outbox record: "HEAD QUANTITY UID[ TRACEPARENT]\n", HEAD the nine digits of the order id
+--       5 for each entry, one behind the other, 24 bytes: key digest (16), order id head (4, big endian),
+--         quantity (3, big endian), state 0 (1)
+--       6 for each entry its line of the outbox record: "HEAD QUANTITY UID[ TRACEPARENT]\n", HEAD the nine digits
+--         of the order id
+--       7… the uid of each entry
 -- Reply {'OK', seq, now, revision, codes, extras}
 --         codes: a letter for each entry
 --           A accepted: orders are numbered in this order, the last of them is seq
@@ -21,7 +22,8 @@
 -- A claim is head .. sequence (5 bytes), 29 bytes; the claims of a user stand one after the other.
 --@include fence
 
-local FIRST = 5 -- index of the first entry's uid in ARGV
+local FIRST = 7 -- index of the first entry's uid in ARGV
+local HEAD_BYTES = 24
 local CLAIM_BYTES = 29
 -- How many claims a user may leave behind: some beyond the limit, for units that were given back, but never so
 -- many that reading them slows everybody down.
@@ -39,7 +41,7 @@ if not last then
 end
 local now = ledger_time(state_of[2])
 local seq = last
-local entries = (#ARGV - FIRST + 1) / 3
+local entries = #ARGV - FIRST + 1
 if seq + entries > MAX_SEQ then
   return {'SEQUENCE_EXHAUSTED'}
 end
@@ -66,32 +68,29 @@ elseif sale[1] == 'ended' or (ends and now >= ends) then
 end
 
 local most_claims = math.min((limit or 0) + SPARE_CLAIMS, MAX_CLAIMS) * CLAIM_BYTES
-local uids = {}
-for i = 1, entries do
-  uids[i] = ARGV[FIRST + 3 * (i - 1)]
-end
-local before = redis.call('HMGET', KEYS[7], unpack(uids))
+local before = redis.call('HMGET', KEYS[7], unpack(ARGV, FIRST))
 
-local sub, byte, pack, unpack_bytes = string.sub, string.byte, struct.pack, struct.unpack
-local same_quantity = tonumber(ARGV[4])
+local sub, byte, char, floor = string.sub, string.byte, string.char, math.floor
+local pack, unpack_bytes = struct.pack, struct.unpack
+local same_quantity, heads = tonumber(ARGV[4]), ARGV[5]
 local codes, extras, extra = {}, {}, 0
 local writes, written = {}, 0
-local lines, accepted = {}, 0
-local units = 0
+local accepted, units = 0, 0
+local high -- the first four bytes of the sequence, the same for 256 orders
 local latest = {} -- claims of users that this batch has already changed
 
 for i = 1, entries do
-  local uid = uids[i]
-  local head = ARGV[FIRST + 3 * i - 2]
+  local uid = ARGV[FIRST + i - 1]
+  local head_at = HEAD_BYTES * (i - 1) + 1
   local quantity = same_quantity
   if quantity == 0 then
-    quantity = unpack_bytes('>I3', head, 21)
+    quantity = unpack_bytes('>I3', heads, head_at + 20)
   end
   local claims = latest[uid] or before[i]
   local held = 0
   local code
   if claims then
-    local digest = sub(head, 1, 16)
+    local digest = sub(heads, head_at, head_at + 15)
     for at = 1, #claims, CLAIM_BYTES do
       local claimed = unpack_bytes('>I3', claims, at + 20)
       if sub(claims, at, at + 15) == digest then
@@ -133,7 +132,11 @@ for i = 1, entries do
     remaining = remaining - quantity
     units = units + quantity
     seq = seq + 1
-    local claim = head .. pack('>I5', seq)
+    local low = seq % 256
+    if low == 0 or not high then
+      high = pack('>I4', floor(seq / 256))
+    end
+    local claim = sub(heads, head_at, head_at + HEAD_BYTES - 1) .. high .. char(low)
     if claims then
       claim = claims .. claim
     end
@@ -142,16 +145,26 @@ for i = 1, entries do
     written = written + 2
     writes[written] = claim
     accepted = accepted + 1
-    lines[accepted] = ARGV[FIRST + 3 * i - 1]
   end
   codes[i] = code
 end
 
 if accepted > 0 then
+  local lines = ARGV[6]
+  if accepted < entries then
+    local all, kept = string.gmatch(lines, '[^\n]*\n'), {}
+    for i = 1, entries do
+      local line = all()
+      if codes[i] == 'A' then
+        kept[#kept + 1] = line
+      end
+    end
+    lines = table.concat(kept)
+  end
   -- These two first, in this order: a key of the wrong type stops the script before anything counts.
   redis.call('ZADD', KEYS[5], seq, ARGV[2])
   redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
-    'v', '1', 'k', 'orders', 's', ARGV[2], 't', sale[9], 'a', now, 'o', table.concat(lines))
+    'v', '1', 'k', 'orders', 's', ARGV[2], 't', sale[9], 'a', now, 'o', lines)
   redis.call('HSET', KEYS[7], unpack(writes))
   redis.call('HSET', KEYS[6], 'remaining', remaining,
     'claimed', claimed_before + units, 'accepted', accepted_before + accepted)

@@ -179,16 +179,15 @@ pub async fn reclaim(
         .arg(fence.to_string())
         .arg(sale.as_str())
         .arg(fence.epoch.0);
+    let mut claims = Vec::with_capacity(entries.len() * 29);
     for entry in entries {
-        let mut claim = [0; 29];
-        claim[..24].copy_from_slice(&claim_head(
-            &KeyDigest::default(),
-            entry.order_id.head(),
-            entry.quantity,
-        ));
-        claim[24..].copy_from_slice(&entry.order_id.seq().to_be_bytes()[3..]);
+        let head = claim_head(&KeyDigest::default(), entry.order_id.head(), entry.quantity);
+        claims.extend_from_slice(&head);
+        claims.extend_from_slice(&entry.order_id.seq().to_be_bytes()[3..]);
+    }
+    call.push(&claims[..]);
+    for entry in entries {
         call.push(entry.uid.as_str());
-        call.push(&claim[..]);
     }
     let mut reply = Reply::parse(call.run(conn).await?)?;
     if reply.code != "OK" {

@@ -51,10 +51,17 @@ pub async fn release(
         .arg(sale.as_str())
         .arg(fence.epoch.0)
         .arg(keys::NEWS);
+    let mut orders = Vec::with_capacity(entries.len() * 9);
+    let mut lines = String::with_capacity(entries.len() * 20);
+    for entry in entries {
+        orders.extend_from_slice(&order_bytes(entry.order_id));
+        lines.push_str(&entry.order_id.to_string());
+        lines.push('\n');
+    }
+    call.push(&orders[..]);
+    call.push(lines);
     for entry in entries {
         call.push(entry.uid.as_str());
-        call.push(&order_bytes(entry.order_id)[..]);
-        call.push(entry.order_id.to_string());
     }
     let mut reply = Reply::parse(call.run(conn).await?)?;
     if reply.code != "OK" {

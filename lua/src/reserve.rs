@@ -12,6 +12,10 @@ use crate::scripts::RESERVE;
 /// Entries in one call at most. Lua's `unpack` bears 8,000 values; a call of this size takes Redis about 1 ms.
 pub const MAX_BATCH: usize = 1024;
 
+/// The fixed part of a claim: everything but the sequence.
+const HEAD_BYTES: usize = 24;
+/// Room for a line of the outbox record with a short user id and no trace context.
+const USUAL_LINE_BYTES: usize = 32;
 /// The longest trace context that goes into a record: version 00 of `traceparent`.
 const MAX_TRACEPARENT: usize = 55;
 
@@ -108,15 +112,18 @@ pub async fn reserve(
         .arg(fence.epoch.0)
         .arg(if uniform { first.get() } else { 0 });
     let mut heads = Vec::with_capacity(entries.len());
-    let mut line = Vec::with_capacity(160);
+    let mut claim_heads = Vec::with_capacity(entries.len() * HEAD_BYTES);
+    let mut lines = Vec::with_capacity(entries.len() * USUAL_LINE_BYTES);
     for entry in entries {
         let id_head = OrderId::head_of(entry.center, entry.uid.table(), partition, fence.epoch);
         heads.push(id_head);
+        claim_heads.extend_from_slice(&claim_head(&entry.key, id_head, entry.quantity));
+        write_line(&mut lines, id_head, entry);
+    }
+    call.push(&claim_heads[..]);
+    call.push(&lines[..]);
+    for entry in entries {
         call.push(entry.uid.as_str());
-        call.push(&claim_head(&entry.key, id_head, entry.quantity)[..]);
-        line.clear();
-        write_line(&mut line, id_head, entry);
-        call.push(&line[..]);
     }
     let mut reply = Reply::parse(call.run(conn).await?)?;
     match reply.code.as_str() {
@@ -139,8 +146,8 @@ pub async fn reserve(
 }
 
 /// The fixed part of a claim (see [`keys`]): everything but the sequence.
-pub(crate) fn claim_head(key: &KeyDigest, id_head: u32, quantity: Quantity) -> [u8; 24] {
-    let mut head = [0; 24];
+pub(crate) fn claim_head(key: &KeyDigest, id_head: u32, quantity: Quantity) -> [u8; HEAD_BYTES] {
+    let mut head = [0; HEAD_BYTES];
     head[..16].copy_from_slice(key);
     head[16..20].copy_from_slice(&id_head.to_be_bytes());
     head[20..23].copy_from_slice(&quantity.get().to_be_bytes()[1..]);
