@@ -1,6 +1,8 @@
 //! seckill: decides once, without overselling, who gets the units of a flash sale.
 
 pub mod admission;
+pub mod app;
+pub mod archive;
 pub mod audit;
 pub mod cli;
 pub mod config;

@@ -17,12 +17,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::AdminState;
-use super::archive::archive;
 use super::call::{Call, MAX_BODY_BYTES, Routes, private_json};
 use super::orders::Paging;
 use super::problem::{Code, Problem};
 use super::purchases::IDEMPOTENT_REPLAYED;
 use crate::admission::Actor;
+use crate::archive::archive;
 use crate::orders::{Cursor, OrderFilter, Page};
 use crate::topology::{Limits, UpdateError};
 
@@ -52,12 +52,14 @@ pub(super) fn add(routes: Routes<AdminState>) -> Routes<AdminState> {
         .get("/admin/v1/orders", list_orders)
         .get("/admin/v1/orders/{id}", get_order)
         .get("/admin/v1/refunds", list_refunds)
+        .post("/admin/v1/ledger/init", super::ledger::init)
+        .post("/admin/v1/ledger/adopt", super::ledger::adopt)
         .get("/admin/v1/topology", topology)
         .add("PUT", MethodFilter::PUT, "/admin/v1/limits", set_limits)
 }
 
 impl AdminState {
-    fn operator(&self, call: &Call) -> Result<Actor, Problem> {
+    pub(super) fn operator(&self, call: &Call) -> Result<Actor, Problem> {
         Ok(self.tokens.admin(call.bearer()?)?)
     }
 
@@ -276,7 +278,7 @@ async fn archive_sale(state: Arc<AdminState>, mut call: Call) -> Result<Response
     let actor = state.operator(&call)?;
     let id = call.sale_id(3)?;
     call.no_fields().await?;
-    let archived = archive(&state, &id).await?;
+    let archived = archive(&state.inventory, &state.orders, &id).await?;
     tracing::info!(sale_id = %id, version = archived.version, %actor, "a sale was archived");
     sale_response(&state.sale(&id).await?)
 }

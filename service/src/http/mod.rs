@@ -4,10 +4,10 @@
 //! status codes of errors. `docs/openapi.yaml` describes every route and is served as `/openapi.yaml`.
 
 mod admin;
-mod archive;
 mod call;
 mod events;
 mod health;
+mod ledger;
 mod orders;
 pub mod problem;
 mod purchases;
@@ -32,6 +32,7 @@ pub use server::{ServeOptions, serve};
 use crate::admission::{ClientAddress, Limiter, Tickets, Tokens};
 use crate::inventory::Inventory;
 use crate::orders::{OrderStore, Updates};
+use crate::shift::GuardianHandle;
 use crate::telemetry::Metrics;
 use crate::topology::{Authority, TopologyHandle};
 use call::{Call, Measured, Routes};
@@ -88,6 +89,8 @@ pub struct AdminState {
     pub default_currency: Option<Currency>,
     /// Compares ledger, queue and order tables.
     pub auditor: Auditor,
+    /// Creates and adopts the ledger.
+    pub guardian: GuardianHandle,
     /// Whether this instance takes requests.
     pub readiness: Readiness,
     /// All metrics.

@@ -12,6 +12,7 @@ use http::{HeaderValue, StatusCode};
 use seckill_ledger::Executed;
 
 use crate::admission::{Limited, Unauthenticated};
+use crate::archive;
 use crate::inventory::{PurchaseError, SaleError, Unavailable};
 use crate::orders;
 use crate::topology::StoreError;
@@ -97,6 +98,8 @@ codes! {
     NotFinal = "not_final", 409, "Something of the sale is still under way";
     /// More units than are left.
     BelowClaimed = "below_claimed", 409, "Units that are claimed cannot be taken away";
+    /// There is a ledger, or something else, already.
+    LedgerExists = "ledger_exists", 409, "There is a ledger already";
     /// A bound of the ledger.
     BoundReached = "bound_reached", 409, "A bound is reached";
     /// `If-Match` named another version.
@@ -206,7 +209,7 @@ impl Problem {
         self
     }
 
-    fn executed(mut self, executed: Executed) -> Problem {
+    pub(super) fn executed(mut self, executed: Executed) -> Problem {
         self.more().executed = Some(executed);
         self
     }
@@ -417,6 +420,15 @@ impl From<orders::Error> for Problem {
                 Problem::new(Code::OrdersUnavailable).executed(Executed::No).caused_by(error)
             }
             error => Problem::internal(error),
+        }
+    }
+}
+
+impl From<archive::Error> for Problem {
+    fn from(error: archive::Error) -> Self {
+        match error {
+            archive::Error::Sale(error) => error.into(),
+            archive::Error::Orders(error) => error.into(),
         }
     }
 }

@@ -14,7 +14,7 @@ mod sold_out;
 
 use std::sync::Arc;
 
-use seckill_domain::{CenterId, KeyDigest, OrderId, OrderRecord, Quantity, SaleId, Uid};
+use seckill_domain::{CenterId, Epoch, KeyDigest, OrderId, OrderRecord, Quantity, SaleId, Uid};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -161,8 +161,12 @@ impl Inventory {
     /// Looks for an accepted order that may not be stored yet.
     pub async fn find_queued(&self, order_id: OrderId) -> Result<Option<OrderRecord>, Unavailable> {
         let mut conn = self.0.pool.get().await?;
-        let epoch = self.0.topology.current().epoch.0;
-        Ok(seckill_ledger::outbox::find_order(&mut conn, epoch, order_id).await?)
+        Ok(seckill_ledger::outbox::find_order(&mut conn, self.epoch().0, order_id).await?)
+    }
+
+    /// The topology's epoch.
+    pub fn epoch(&self) -> Epoch {
+        self.0.topology.current().epoch
     }
 
     /// Connections for work off the purchase path.

@@ -1,0 +1,250 @@
+//! The service of one center, put together: `seckill serve`, and each center of `seckill up`.
+//!
+//! It starts in the order in which parts need each other and ends in the reverse one: first the listeners stop
+//! taking connections and finish what they have, then the lanes answer what waits, then the workers stop after
+//! the step that they are in.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use tokio::net::TcpListener;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admission::{ClientAddress, Limiter, open_rings};
+use crate::audit;
+use crate::config::Config;
+use crate::http::{
+    self, AdminState, Auditor, PublicState, Readiness, ServeOptions, Stage, admin_router, public_router,
+};
+use crate::inventory::{Inventory, Parts};
+use crate::orders::{OrderStore, StoreOptions, WorkerOptions, Workers};
+use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess};
+use crate::telemetry::Metrics;
+use crate::topology::{Authority, Cause, Center, FileStore, Limits, Topology, TopologyHandle, new_ledger_id};
+
+/// The partition that exists for now.
+const PARTITION: u8 = 0;
+
+/// How often the start looks whether the first snapshot is there.
+const LOADED_POLL: Duration = Duration::from_millis(10);
+
+/// The sockets that the service answers on, bound by whoever starts it.
+#[derive(Debug)]
+pub struct Listeners {
+    /// Shoppers and the shop's backend.
+    pub public: TcpListener,
+    /// Operators.
+    pub admin: TcpListener,
+}
+
+/// What depends on how the service is started.
+#[derive(Debug)]
+pub struct Start {
+    /// Who creates the ledger.
+    pub init: InitPolicy,
+    /// What is known of the Redis process, where the service's own parent runs it.
+    pub process: Option<watch::Receiver<ServerProcess>>,
+    /// Told once requests are answered and the guardian has come to a verdict on the ledger.
+    pub ready: Option<oneshot::Sender<()>>,
+}
+
+/// Runs the service until `shutdown` is cancelled, and drains it then.
+pub async fn run(
+    config: Config,
+    listeners: Listeners,
+    start: Start,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let tracker = TaskTracker::new();
+    let fatal = CancellationToken::new();
+    let stop = CancellationToken::new();
+    let outcome = serve(&config, listeners, start, &shutdown, &tracker, &stop, &fatal).await;
+    stop.cancel();
+    tracker.close();
+    let drain = Duration::from_secs(config.shutdown.drain_deadline_s);
+    if tokio::time::timeout(drain, tracker.wait()).await.is_err() {
+        tracing::warn!(drain_deadline_s = drain.as_secs(), "some tasks did not end in time");
+    }
+    outcome?;
+    anyhow::ensure!(!fatal.is_cancelled(), "an essential task panicked; see the log");
+    Ok(())
+}
+
+async fn serve(
+    config: &Config,
+    listeners: Listeners,
+    start: Start,
+    shutdown: &CancellationToken,
+    tracker: &TaskTracker,
+    stop: &CancellationToken,
+    fatal: &CancellationToken,
+) -> anyhow::Result<()> {
+    let (tokens, tickets) = open_rings(&config.auth).context("the keys cannot be used")?;
+    let metrics = Arc::new(Metrics::new());
+    let redis_url = config.ledger.partitions.first().context("ledger.partitions names no Redis")?;
+
+    let lease_ttl = Duration::from_millis(config.topology.lease_ttl_ms);
+    let authority = Authority::new(config.center.id.clone(), lease_ttl, 1);
+    let store = FileStore::new(&config.topology.path);
+    let topology = TopologyHandle::open_or_create(store, authority.clone(), first_topology(config))
+        .await
+        .context("the topology cannot be opened")?;
+    topology.spawn(tracker, stop.clone());
+
+    let options = StoreOptions {
+        max_connections: config.orders.max_connections,
+        ..StoreOptions::new(config.center.id.clone())
+    };
+    let orders = OrderStore::open(&config.orders.database_url, options)
+        .await
+        .context("the order database cannot be opened")?;
+    metrics.register(|registry| orders.metrics().register(registry));
+
+    let guardian = Guardian::spawn(
+        GuardianOptions {
+            center: config.center.id.clone(),
+            partition: PARTITION,
+            redis_url: redis_url.to_string(),
+            init: start.init,
+            process: start.process,
+        },
+        topology.clone(),
+        authority.clone(),
+        orders.clone(),
+        tracker,
+        stop.clone(),
+    )?;
+    let parts = Parts {
+        ledger: &config.ledger,
+        inventory: &config.inventory,
+        retry_window_ms: u64::from(config.sales.retry_window_s) * 1000,
+        topology: topology.clone(),
+        authority: authority.clone(),
+    };
+    let inventory = Inventory::start(&parts, tracker, stop, fatal)?;
+    metrics.register(|registry| inventory.metrics().register(registry));
+    let client = redis::Client::open(redis_url.as_str()).context("ledger.partitions")?;
+    Workers::spawn(&orders, &[client], &authority, &worker_options(config), tracker, stop);
+    let limiter = Limiter::new(&topology.current().limits);
+    tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
+
+    let tokens = Arc::new(tokens);
+    let readiness = Readiness::default();
+    let ending = CancellationToken::new();
+    let public = public_router(PublicState {
+        inventory: inventory.clone(),
+        orders: orders.clone(),
+        updates: orders.updates().clone(),
+        tokens: Arc::clone(&tokens),
+        tickets,
+        limiter,
+        addresses: ClientAddress::new(config.limits.trusted_proxies.clone()),
+        topology: topology.clone(),
+        metrics: Arc::clone(&metrics),
+        shutdown: ending.clone(),
+    });
+    let admin = admin_router(AdminState {
+        inventory: inventory.clone(),
+        orders: orders.clone(),
+        tokens,
+        topology,
+        authority: authority.clone(),
+        center: config.center.id.clone(),
+        default_currency: config.sales.default_currency,
+        auditor: auditor(&inventory, &orders),
+        guardian,
+        readiness: readiness.clone(),
+        metrics,
+    });
+    let options = ServeOptions {
+        drain_deadline: Duration::from_secs(config.shutdown.drain_deadline_s),
+        ..ServeOptions::default()
+    };
+    let mut servers = JoinSet::new();
+    servers.spawn(http::serve(listeners.public, public, options.clone(), ending.clone()));
+    // Probes and operators are answered until the end of the drain.
+    let admin_ending = CancellationToken::new();
+    let admin = tokio::spawn(http::serve(listeners.admin, admin, options, admin_ending.clone()));
+
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        () = fatal.cancelled() => {}
+        () = first_verdict(&authority, &inventory) => {
+            readiness.set(Stage::Serving);
+            tracing::info!(center = %config.center.id, "ready");
+            if let Some(ready) = start.ready {
+                // Whoever started the service may have gone.
+                let _ = ready.send(());
+            }
+            tokio::select! {
+                () = shutdown.cancelled() => {}
+                () = fatal.cancelled() => {}
+            }
+        }
+    }
+    readiness.set(Stage::Draining);
+    tracing::info!("draining");
+    ending.cancel();
+    servers.join_all().await;
+    admin_ending.cancel();
+    let _ = admin.await;
+    Ok(())
+}
+
+/// What a new topology starts with: this center has everything, at an epoch that the ledger's creation lifts.
+fn first_topology(config: &Config) -> Topology {
+    let center = Center {
+        number: config.center.number,
+        public_url: config.listen.public_url(),
+        admin_url: config.listen.admin_url(),
+        internal_url: config.listen.internal_url(),
+        extra: serde_json::Map::new(),
+    };
+    let limits = Limits {
+        per_user: config.limits.per_user,
+        per_address: config.limits.per_address,
+        per_sale: config.limits.per_sale,
+        per_instance: config.limits.per_instance,
+        ..Limits::default()
+    };
+    Topology::single(new_ledger_id(), config.center.id.clone(), center, limits)
+}
+
+fn worker_options(config: &Config) -> WorkerOptions {
+    let orders = &config.orders;
+    WorkerOptions {
+        store_batch: orders.store_batch,
+        expiry_interval_ms: orders.expiry_interval_ms,
+        expiry_grace_s: orders.expiry_grace_s,
+        release_interval_ms: orders.release_interval_ms,
+        outbox_retention_s: orders.outbox_retention_s,
+    }
+}
+
+/// Compares the books whenever an operator asks.
+fn auditor(inventory: &Inventory, orders: &OrderStore) -> Auditor {
+    let (pool, orders) = (inventory.pool().clone(), orders.clone());
+    Arc::new(move |sale| {
+        let (pool, orders) = (pool.clone(), orders.clone());
+        Box::pin(async move {
+            let mut conn = pool.get().await.map_err(|error| error.to_string())?;
+            let report = audit::run(&orders, &mut conn, sale.as_ref()).await;
+            serde_json::to_value(&report).map_err(|error| error.to_string())
+        })
+    })
+}
+
+/// Waits until the guardian has come to a verdict, whatever it is, and the first snapshot is there.
+async fn first_verdict(authority: &Authority, inventory: &Inventory) {
+    let mut status = authority.subscribe();
+    let starting = |status: &crate::topology::AuthorityStatus| matches!(status, Err(refusal) if matches!(refusal.cause, Cause::Starting | Cause::Promoting));
+    // The sender lives as long as the authority.
+    let _ = status.wait_for(|status| !starting(status)).await;
+    while !inventory.sales().is_loaded() {
+        tokio::time::sleep(LOADED_POLL).await;
+    }
+}
