@@ -11,6 +11,7 @@ mod exit;
 mod ledger;
 mod output;
 mod sale;
+mod server;
 mod show;
 mod token;
 
@@ -45,6 +46,13 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run everything on this machine: Redis, the service, its database
+    ///
+    /// Prints its addresses, where the tokens for this machine lie, and the line `ready`. SIGTERM ends it and what
+    /// it started. Whatever is killed comes back at the next start, with nothing lost that was acknowledged.
+    Up(server::UpArgs),
+    /// Run the service of one center from a configuration
+    Serve(server::ServeArgs),
     /// Check a configuration, or print the default one
     #[command(subcommand)]
     Config(check::ConfigCommand),
@@ -80,6 +88,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     };
     let format = cli.output;
     let outcome = match cli.command {
+        Command::Up(args) => server::up(args),
+        Command::Serve(args) => server::serve(&args),
         Command::Config(command) => check::run(command, format),
         Command::Token(command) => token::run(command, format),
         command => client_runtime().and_then(|runtime| runtime.block_on(ask(command, format))),
@@ -104,7 +114,7 @@ async fn ask(command: Command, format: Format) -> exit::Outcome {
         Command::Topology(command) => show::topology(command, format).await,
         Command::Master(command) => show::master(command, format).await,
         Command::Audit(args) => audit::run(args, format).await,
-        Command::Config(_) | Command::Token(_) => {
+        Command::Up(_) | Command::Serve(_) | Command::Config(_) | Command::Token(_) => {
             unreachable!("these need no service")
         }
     }
