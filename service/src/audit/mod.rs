@@ -2,7 +2,7 @@
 //!
 //! It runs beside the load and raises no false alarm, because of the order in which it reads:
 //!
-//! 1. **The horizon**: the id of the ledger's last entry. Purchases behind it are not looked at, so what is
+//! 1. **The horizon**: the id of the ledger's last entry (or of the last one stored, if the ledger fell behind). Purchases behind it are not looked at, so what is
 //!    compared stands still except for cancels, expiries and releases.
 //! 2. **Order tables, then claims.** An order is stored only after it was claimed, so each order that was read
 //!    has a claim by the time claims are read.

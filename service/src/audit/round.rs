@@ -116,10 +116,12 @@ pub(super) async fn run<C: ConnectionLike>(
     conn: &mut C,
     only: Option<&SaleId>,
 ) -> Result<Report, Obstacle> {
+    // Read before the ledger: in a ledger that was never rolled back, all of it is at or before the last entry.
+    let stored = store.position(0).await?;
     let standing = roles::standing(conn).await?;
     // A ledger without a fence, or with one of another release, can still be read; its epoch is what it shows.
     let shown = standing.fence.as_deref().and_then(|fence| fence.split(':').nth(2)?.parse().ok());
-    let epoch = Epoch(shown.unwrap_or(0));
+    let epoch = Epoch(shown.unwrap_or(stored.epoch));
     let mut problems = Vec::new();
     match standing.fence.as_deref().map(str::parse::<Fence>) {
         Some(Ok(_)) => {}
@@ -132,7 +134,7 @@ pub(super) async fn run<C: ConnectionLike>(
         only,
         hasher: RandomState::new(),
         epoch,
-        horizon: OutboxId { epoch: epoch.0, seq: standing.seq },
+        horizon: stored.max(OutboxId { epoch: epoch.0, seq: standing.seq }),
         books: Vec::new(),
         places: HashMap::new(),
         released: HashSet::new(),
