@@ -161,3 +161,6 @@ async fn openapi<S>(_state: Arc<S>, _call: Call) -> Result<Response, Problem> {
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/yaml"));
     Ok(response)
 }
+
+#[cfg(test)]
+mod tests;
