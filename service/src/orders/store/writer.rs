@@ -205,11 +205,13 @@ impl Task {
             }
         };
         let outcome = transaction(&mut conn, &self.center, self.clock.now(), jobs).await;
-        // A connection whose thread is gone, or that may be stuck in a transaction, is not used again.
+        // After an error of the database (a full disk makes SQLite roll back by itself) nobody knows in which
+        // state the connection is, so it is not used again.
         let usable = match &outcome {
             Ok(()) => true,
-            Err(Error::Unavailable(sqlx::Error::WorkerCrashed)) => false,
-            Err(_) => conn.ping().await.is_ok(),
+            Err(Error::Unavailable(_) | Error::Database(_)) => false,
+            // Dropping the transaction queued its rollback; the ping runs behind it.
+            Err(_) => conn.ping().await.is_ok() && !conn.is_in_transaction(),
         };
         if usable {
             self.conn = Some(conn);
