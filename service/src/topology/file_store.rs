@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
-use super::document::Topology;
+use super::document::{Extra, Topology};
 
 /// How long a writer waits for another writer. Each holds the lock for a few file operations.
 const LOCK_WAIT: Duration = Duration::from_secs(2);
@@ -77,11 +77,22 @@ pub enum StoreError {
     },
 }
 
-#[derive(Serialize, Deserialize)]
-struct Stored<T> {
+/// The file's form: the document with its revision in front.
+#[derive(Serialize)]
+struct Stored<'a> {
     revision: Revision,
     #[serde(flatten)]
-    topology: T,
+    topology: &'a Topology,
+}
+
+/// Reading it takes the revision out first: serde's `flatten` would lose the numeric keys of nested maps.
+fn parse(text: &str) -> Result<Versioned, serde_json::Error> {
+    let mut fields: Extra = serde_json::from_str(text)?;
+    let revision = fields.remove("revision").unwrap_or_default();
+    Ok(Versioned {
+        revision: serde_json::from_value(revision)?,
+        topology: Arc::new(serde_json::from_value(serde_json::Value::Object(fields))?),
+    })
 }
 
 /// The store. All calls block: run them where that does no harm.
@@ -107,10 +118,9 @@ impl FileStore {
         let mut text = String::new();
         io::Read::read_to_string(&mut io::Read::take(file, MAX_BYTES), &mut text)
             .map_err(|source| self.read_error(source))?;
-        let stored: Stored<Topology> =
-            serde_json::from_str(&text).map_err(|error| self.malformed(error.to_string()))?;
-        stored.topology.check().map_err(|reason| self.malformed(reason))?;
-        Ok(Versioned { revision: stored.revision, topology: Arc::new(stored.topology) })
+        let found = parse(&text).map_err(|error| self.malformed(error.to_string()))?;
+        found.topology.check().map_err(|reason| self.malformed(reason))?;
+        Ok(found)
     }
 
     /// Replaces the document if it is at revision `expected`; `None` creates it if there is none.
@@ -179,6 +189,10 @@ impl FileStore {
             Some(parent) if !parent.as_os_str().is_empty() => parent,
             _ => Path::new("."),
         }
+    }
+
+    pub(super) fn panicked(&self) -> StoreError {
+        self.malformed("reading it panicked".to_owned())
     }
 
     fn read_error(&self, source: io::Error) -> StoreError {

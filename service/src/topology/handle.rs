@@ -1,8 +1,10 @@
 //! The service's view of the topology: always the latest confirmed document, changed by compare-and-set.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -96,7 +98,12 @@ impl TopologyHandle {
             ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
             let mut failing = false;
             while token.run_until_cancelled(ticks.tick()).await.is_some() {
-                match handle.confirm().await {
+                // A panic in here shows like a read that failed: the lease runs out, and the next read is tried.
+                let confirmed = AssertUnwindSafe(handle.confirm())
+                    .catch_unwind()
+                    .await
+                    .unwrap_or_else(|_| Err(handle.shared.store.panicked()));
+                match confirmed {
                     Ok(()) => {
                         if std::mem::take(&mut failing) {
                             tracing::info!("the topology can be read again");
