@@ -1,0 +1,41 @@
+# The whole workflow. CI calls these targets; nothing happens outside them.
+
+CARGO ?= cargo
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test bench lint deny fmt clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: ## Install what is missing: redis-server, a C compiler (apt); check the Rust toolchain
+	@scripts/setup.sh
+
+demo: setup ## 10,000 units, 100,000 buyers, latencies and the audit, on this machine
+	@scripts/demo.sh
+
+test: setup ## Run every test, against a real redis-server and real databases
+	$(CARGO) test --workspace --locked
+
+bench: setup ## Measure the budgets of docs/: a table, and target/bench.json
+	$(CARGO) run --release --locked -p seckill-bench -- --output target/bench.json
+
+lint: setup ## rustfmt, clippy (warnings are errors), shell scripts, and licences where cargo-deny is installed
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; \
+		else echo "shellcheck is not installed: shell scripts not checked"; fi
+	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
+		else echo "cargo-deny is not installed: run make deny once"; fi
+
+deny: setup ## Install cargo-deny if need be (some minutes), check licences, sources, bans and advisories
+	@command -v cargo-deny >/dev/null || $(CARGO) install --locked cargo-deny
+	$(CARGO) deny --locked check bans licenses sources
+	@$(CARGO) deny --locked check advisories || { \
+		[ -n "$$REQUIRE_ADVISORIES" ] && exit 1; \
+		echo "advisories: see above; ignored unless REQUIRE_ADVISORIES is set (the database may be out of reach)"; }
+
+fmt: ## Format the code
+	$(CARGO) fmt --all
+
+clean: ## Remove what was built
+	$(CARGO) clean
