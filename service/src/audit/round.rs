@@ -795,7 +795,9 @@ impl<C: ConnectionLike> Round<'_, C> {
     }
 
     fn report(self) -> Report {
-        let mut sales: Vec<SaleReport> = self.books.into_iter().map(sale_report).collect();
+        // A sale that was asked for and that nobody knows has no books.
+        let known = |book: &Book| book.row.is_some() || book.orders != OrderCounts::default();
+        let mut sales: Vec<SaleReport> = self.books.into_iter().filter(known).map(sale_report).collect();
         sales.sort_by(|a, b| a.sale_id.cmp(&b.sale_id));
         let mut violations = self.violations;
         violations.truncate(MAX_LISTED);

@@ -89,8 +89,10 @@ pub(super) fn serve(args: &ServeArgs) -> Outcome {
             TcpListener::bind(address).await.with_context(|| format!("cannot listen on {address}"))
         };
         let served = async {
-            let listeners =
-                Listeners { public: bind(config.listen.public).await?, admin: bind(config.listen.admin).await? };
+            let listeners = Listeners {
+                public: bind(config.listen.public).await?,
+                admin: bind(config.listen.admin).await?,
+            };
             let start = Start { init: InitPolicy::Explicit, process: None, ready: None };
             app::run(config, listeners, start, shutdown).await
         };
