@@ -1,8 +1,10 @@
 //! The guardian: the task that gives one partition's server its role and keeps looking at it.
 
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use seckill_domain::{CenterId, Epoch, OutboxId};
 use seckill_ledger::admin::FenceChange;
 use seckill_ledger::roles::{Role, Standing};
@@ -143,8 +145,8 @@ impl Guardian {
     ) -> Result<GuardianHandle, LedgerError> {
         let ledger =
             Ledger::new(options.center.clone(), options.partition, &options.redis_url, topology.clone())?;
-        let (requests, inbox) = mpsc::channel(REQUESTS);
-        let guardian = Guardian {
+        let (requests, mut inbox) = mpsc::channel(REQUESTS);
+        let mut guardian = Guardian {
             ledger,
             options,
             topology,
@@ -155,11 +157,22 @@ impl Guardian {
             retry: None,
             said: None,
         };
-        tracker.spawn(guardian.run(inbox, token));
+        tracker.spawn(async move {
+            // After a panic nothing that it remembers counts: it looks at everything anew.
+            while AssertUnwindSafe(guardian.run(&mut inbox, &token)).catch_unwind().await.is_err() {
+                tracing::error!(
+                    partition = guardian.options.partition,
+                    "the guardian panicked; it starts anew"
+                );
+                guardian.ledger.disconnect();
+                guardian.withdraw(NoAuthority::new(Cause::Starting, "the guardian starts anew"));
+                token.run_until_cancelled(tokio::time::sleep(RETRY_MAX)).await;
+            }
+        });
         Ok(GuardianHandle { requests })
     }
 
-    async fn run(mut self, mut inbox: mpsc::Receiver<Request>, token: CancellationToken) {
+    async fn run(&mut self, inbox: &mut mpsc::Receiver<Request>, token: &CancellationToken) {
         let mut ticks = tokio::time::interval(CHECK_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let authority = self.authority.clone();

@@ -8,6 +8,8 @@
 mod guardian;
 mod ledger;
 mod reclaim;
+#[cfg(test)]
+mod tests;
 mod verdict;
 
 pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, ServerProcess};

@@ -127,6 +127,9 @@ async fn put_right(
             let outcomes = release(conn, fence, sale, batch).await?;
             let released = outcomes.iter().filter(|outcome| **outcome == ReleaseOutcome::Released);
             report.released += released.count() as u64;
+            // Whatever the ledger knew of them, it holds nothing for them any more: a release that still waits
+            // has nothing to do, and would only look like a claim that went missing.
+            orders.releases_done(batch.iter().map(|entry| entry.order_id).collect(), Vec::new()).await?;
         }
     }
     for status in [OrderStatus::Paid, OrderStatus::Created] {

@@ -54,6 +54,24 @@ fn a_document_is_created_once_and_changed_only_by_who_saw_the_latest() {
 }
 
 #[test]
+fn every_field_is_read_back_as_it_was_written() {
+    let (_dir, store) = store();
+    let mut topology = document();
+    let run = LedgerRun { run_id: "r".to_owned(), epoch: Epoch(3), extra: Extra::new() };
+    topology.ledger_runs.insert(0, run);
+    topology.adopting.insert(0);
+    topology.in_sync.push(InSync {
+        center: topology.master.clone(),
+        run_id: "r".to_owned(),
+        extra: Extra::new(),
+    });
+    topology.blocked_shards.push(seckill_domain::Shard::new(63).unwrap());
+    topology.limits.per_sale = Rate::new(7, 8);
+    store.compare_and_set(None, &topology).unwrap();
+    assert_eq!(*store.load().unwrap().topology, topology);
+}
+
+#[test]
 fn of_two_writers_none_loses_a_change_and_no_reader_sees_half_of_one() {
     let (_dir, store) = store();
     store.compare_and_set(None, &document()).unwrap();

@@ -1,0 +1,531 @@
+//! The guardian against a real redis-server and a real order database.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use redis::aio::MultiplexedConnection;
+use seckill_domain::{
+    CenterId, CenterNumber, Epoch, KeyDigest, Money, OrderId, OrderStatus, Quantity, SaleId, SaleSpec, Uid,
+};
+use seckill_ledger::admin::{FenceChange, FenceOutcome, set_fence};
+use seckill_ledger::roles::{self, Role};
+use seckill_ledger::testkit::RedisServer;
+use seckill_ledger::{
+    CreateOutcome, Fence, LedgerId, ReserveEntry, ReserveOutcome, create_sale, read, reserve,
+};
+use tempfile::TempDir;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::*;
+use crate::orders::{OrderStore, Payment, PaymentId, StoreOptions, WorkerOptions, Workers};
+use crate::topology::{
+    Authority, Cause, Center, Extra, FileStore, Limits, NoAuthority, Topology, TopologyHandle, new_ledger_id,
+};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+fn center() -> CenterId {
+    CenterId::new("a").unwrap()
+}
+
+fn first_topology() -> Topology {
+    let urls = Center {
+        number: CenterNumber::new(1).unwrap(),
+        public_url: String::new(),
+        admin_url: String::new(),
+        internal_url: String::new(),
+        extra: Extra::new(),
+    };
+    Topology::single(new_ledger_id(), center(), urls, Limits::default())
+}
+
+/// A center: its Redis, its folder, and (between `start` and `stop`) its service.
+struct World {
+    server: RedisServer,
+    dir: TempDir,
+    init: InitPolicy,
+    service: Option<Service>,
+}
+
+struct Service {
+    topology: TopologyHandle,
+    authority: Authority,
+    orders: OrderStore,
+    guardian: GuardianHandle,
+    tracker: TaskTracker,
+    token: CancellationToken,
+}
+
+impl World {
+    async fn new(init: InitPolicy) -> World {
+        let server = RedisServer::start_with(&[("replicaof", "127.0.0.1 1")]).await;
+        let mut world = World { server, dir: tempfile::tempdir().unwrap(), init, service: None };
+        world.start().await;
+        world
+    }
+
+    /// A world that sells.
+    async fn selling() -> World {
+        let world = World::new(InitPolicy::Automatic).await;
+        world.granted().await;
+        world
+    }
+
+    fn store(&self) -> FileStore {
+        FileStore::new(self.dir.path().join("topology.json"))
+    }
+
+    async fn start(&mut self) {
+        let authority = Authority::new(center(), Duration::from_secs(20), 1);
+        let topology =
+            TopologyHandle::open_or_create(self.store(), authority.clone(), first_topology()).await.unwrap();
+        let url = format!("sqlite:{}", self.dir.path().join("orders.db").display());
+        let orders = OrderStore::open(&url, StoreOptions::new(center())).await.unwrap();
+        let (tracker, token) = (TaskTracker::new(), CancellationToken::new());
+        topology.spawn(&tracker, token.clone());
+        Workers::spawn(
+            &orders,
+            &[self.server.client()],
+            &authority,
+            &WorkerOptions::default(),
+            &tracker,
+            &token,
+        );
+        let options = GuardianOptions {
+            center: center(),
+            partition: 0,
+            redis_url: self.server.url(),
+            init: self.init,
+            process: None,
+        };
+        let guardian = Guardian::spawn(
+            options,
+            topology.clone(),
+            authority.clone(),
+            orders.clone(),
+            &tracker,
+            token.clone(),
+        )
+        .unwrap();
+        self.service = Some(Service { topology, authority, orders, guardian, tracker, token });
+    }
+
+    async fn stop(&mut self) {
+        let service = self.service.take().expect("it runs");
+        service.token.cancel();
+        service.tracker.close();
+        service.tracker.wait().await;
+        service.orders.close().await;
+    }
+
+    fn service(&self) -> &Service {
+        self.service.as_ref().expect("it runs")
+    }
+
+    /// Waits until sales are possible.
+    async fn granted(&self) -> Fence {
+        let mut status = self.service().authority.subscribe();
+        let granted = tokio::time::timeout(PATIENCE, status.wait_for(Result::is_ok)).await;
+        let granted =
+            granted.unwrap_or_else(|_| panic!("no authority: {:?}", self.service().authority.status()));
+        Fence::clone(granted.unwrap().as_ref().unwrap())
+    }
+
+    async fn granted_after(&self, epoch: Epoch) -> Fence {
+        let authority = &self.service().authority;
+        eventually("a later epoch", async || {
+            authority.grant().ok().filter(|fence| fence.epoch > epoch).map(|fence| Fence::clone(&fence))
+        })
+        .await
+    }
+
+    async fn refused(&self, cause: Cause) -> NoAuthority {
+        let mut status = self.service().authority.subscribe();
+        let refused = tokio::time::timeout(
+            PATIENCE,
+            status.wait_for(|status| matches!(status, Err(refusal) if refusal.cause == cause)),
+        )
+        .await;
+        let refused = refused
+            .unwrap_or_else(|_| panic!("no {cause:?}: {:?}", self.service().authority.status()))
+            .unwrap()
+            .clone()
+            .unwrap_err();
+        assert!(self.service().authority.grant().is_err());
+        refused
+    }
+
+    async fn conn(&self) -> MultiplexedConnection {
+        self.server.connect().await
+    }
+
+    async fn role(&self) -> Role {
+        roles::standing(&mut self.conn().await).await.unwrap().role
+    }
+
+    async fn eval_fence(&self, fence: &str) {
+        let mut conn = self.conn().await;
+        redis::cmd("SET").arg("sk:fence").arg(fence).query_async::<()>(&mut conn).await.unwrap();
+    }
+
+    async fn create_sale(&self, id: &str, quantity: u64) -> SaleId {
+        let fence = self.granted().await;
+        let spec: SaleSpec = serde_json::from_value(serde_json::json!({
+            "sale_id": id, "kind": "product", "quantity": quantity, "price": 100, "currency": "EUR",
+        }))
+        .unwrap();
+        let outcome = create_sale(&mut self.conn().await, &fence, &spec, &KeyDigest::default()).await;
+        assert!(matches!(outcome, Ok(CreateOutcome::Created { .. })), "{outcome:?}");
+        spec.sale_id
+    }
+
+    /// Buys one unit; the order is stored when this returns.
+    async fn buy(&self, sale: &SaleId, uid: &str) -> OrderId {
+        let ReserveOutcome::Accepted(order_id) = self.try_buy(sale, uid).await else {
+            panic!("{uid} got nothing")
+        };
+        let orders = &self.service().orders;
+        eventually("the order is stored", async || orders.order(order_id).await.unwrap()).await;
+        order_id
+    }
+
+    async fn try_buy(&self, sale: &SaleId, uid: &str) -> ReserveOutcome {
+        let fence = self.granted().await;
+        let uid = Uid::new(uid).unwrap();
+        let entry = ReserveEntry {
+            uid,
+            key: KeyDigest::default(),
+            quantity: Quantity::new(1).unwrap(),
+            center: CenterNumber::new(1).unwrap(),
+            traceparent: None,
+        };
+        let reply = reserve(&mut self.conn().await, &fence, 0, sale, &[entry]).await.unwrap();
+        reply.outcomes.into_iter().next().unwrap()
+    }
+
+    async fn pay(&self, order_id: OrderId) {
+        let payment = Payment {
+            order_id,
+            payment_id: PaymentId::new(&format!("p{order_id}")).unwrap(),
+            amount: serde_json::from_value::<Money>(100.into()).unwrap(),
+            coupon_id: None,
+        };
+        self.service().orders.pay(payment).await.unwrap();
+        assert_eq!(self.status(order_id).await, OrderStatus::Paid);
+    }
+
+    async fn status(&self, order_id: OrderId) -> OrderStatus {
+        self.service().orders.order(order_id).await.unwrap().unwrap().status
+    }
+
+    async fn sale(&self, sale: &SaleId) -> read::Sale {
+        read::sale(&mut self.conn().await, sale).await.unwrap().unwrap()
+    }
+
+    /// The files of the ledger, while its server is down.
+    fn copy_ledger(&self, to: &Path) {
+        copy(&self.server.folder().join("appendonlydir"), to);
+    }
+
+    fn restore_ledger(&self, from: &Path) {
+        let data = self.server.folder().join("appendonlydir");
+        std::fs::remove_dir_all(&data).unwrap();
+        copy(from, &data);
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
+async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = check().await {
+            return found;
+        }
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_first_start_creates_the_ledger_and_gives_the_server_its_role() {
+    let world = World::new(InitPolicy::Automatic).await;
+    let fence = world.granted().await;
+    assert!(matches!(world.role().await, Role::Master { .. }));
+    let topology = world.service().topology.current();
+    assert_eq!((topology.fence(), topology.ledger_exists(0)), (fence, true));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn in_production_only_ledger_init_creates_the_ledger() {
+    let world = World::new(InitPolicy::Explicit).await;
+    let refusal = world.refused(Cause::NotInitialised).await;
+    assert!(refusal.reason.contains("seckill ledger init"), "{refusal}");
+    assert!(world.role().await.is_isolated());
+    let fence = world.service().guardian.init().await.unwrap();
+    assert_eq!(world.granted().await, fence);
+    let again = world.service().guardian.init().await;
+    assert!(matches!(again, Err(RequestError::Failed(InitError::Exists { .. }))), "{again:?}");
+    assert_eq!(world.granted().await, fence);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_redis_with_other_data_does_not_become_the_ledger() {
+    let mut world = World::new(InitPolicy::Automatic).await;
+    world.stop().await;
+    world.server.kill();
+    std::fs::remove_file(world.dir.path().join("topology.json")).unwrap();
+    std::fs::remove_dir_all(world.server.folder().join("appendonlydir")).unwrap();
+    world.server.restart().await;
+    let mut conn = world.conn().await;
+    redis::cmd("REPLICAOF").arg("NO").arg("ONE").query_async::<()>(&mut conn).await.unwrap();
+    redis::cmd("SET").arg("somebody:else").arg(1).query_async::<()>(&mut conn).await.unwrap();
+    // The first world's epoch entry was stored, and would say that there was a ledger.
+    for file in ["orders.db", "orders.db-wal", "orders.db-shm"] {
+        let _ = std::fs::remove_file(world.dir.path().join(file));
+    }
+    world.start().await;
+    world.refused(Cause::Foreign).await;
+    assert!(matches!(world.role().await, Role::Master { .. }), "somebody else's server is left alone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_restarted_gets_a_new_epoch_and_a_service_that_restarted_does_not() {
+    let mut world = World::selling().await;
+    let sale = world.create_sale("s", 10).await;
+    let first = world.buy(&sale, "u1").await;
+    let before = world.granted().await;
+    world.stop().await;
+    world.start().await;
+    assert_eq!(world.granted().await, before);
+    world.server.restart().await;
+    let after = world.granted_after(before.epoch).await;
+    assert_eq!(after.ledger_id, before.ledger_id);
+    let second = world.buy(&sale, "u2").await;
+    assert_ne!(first, second);
+    assert_eq!(world.sale(&sale).await.remaining, 8);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_does_not_answer_stops_sales_until_it_is_back() {
+    let mut world = World::selling().await;
+    world.server.kill();
+    let refusal = world.refused(Cause::Unreachable).await;
+    assert!(refusal.reason.contains(&world.server.port().to_string()), "{refusal}");
+    let before = world.service().topology.current().epoch;
+    world.server.restart().await;
+    world.granted_after(before).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guardian_that_died_before_the_promotion_is_no_obstacle() {
+    let mut world = World::selling().await;
+    let before = world.granted().await;
+    world.stop().await;
+    world.server.restart().await;
+    // The epochs were written down, the fence was not set: twice.
+    let found = world.store().load().unwrap();
+    let mut topology = Topology::clone(&found.topology);
+    topology.epoch = Epoch(before.epoch.0 + 2);
+    world.store().compare_and_set(Some(found.revision), &topology).unwrap();
+    world.start().await;
+    world.granted_after(topology.epoch).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fence_ahead_of_the_topology_lifts_the_topology() {
+    let mut world = World::selling().await;
+    let before = world.granted().await;
+    world.stop().await;
+    let ahead = before.at(Epoch(before.epoch.0 + 5));
+    let change = FenceChange::Lift { from: before };
+    let outcome = set_fence(&mut world.conn().await, &change, &ahead).await.unwrap();
+    assert_eq!(outcome, FenceOutcome::Set);
+    world.start().await;
+    world.granted_after(ahead.epoch).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_came_up_as_a_master_is_taken_over_at_a_new_epoch() {
+    let mut world = World::selling().await;
+    let before = world.granted().await;
+    world.server.kill();
+    world.refused(Cause::Unreachable).await;
+    world.server.restart().await;
+    let mut conn = world.conn().await;
+    redis::cmd("REPLICAOF").arg("NO").arg("ONE").query_async::<()>(&mut conn).await.unwrap();
+    world.granted_after(before.epoch).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_emptied_ledger_stops_sales_and_once_adopted_repeats_no_order_id() {
+    let world = World::selling().await;
+    let sale = world.create_sale("s", 10).await;
+    let unpaid = world.buy(&sale, "u1").await;
+    let paid = world.buy(&sale, "u2").await;
+    world.pay(paid).await;
+    let before = world.granted().await;
+    redis::cmd("FLUSHALL").query_async::<()>(&mut world.conn().await).await.unwrap();
+    let emptied = Instant::now();
+    let refusal = world.refused(Cause::Empty).await;
+    assert!(emptied.elapsed() < Duration::from_secs(5), "sales went on for {:?}", emptied.elapsed());
+    assert!(refusal.reason.contains("seckill ledger adopt"), "{refusal}");
+    eventually("the server is isolated", async || world.role().await.is_isolated().then_some(())).await;
+
+    let report = world.service().guardian.adopt().await.unwrap();
+    assert!(Epoch(report.epoch) > before.epoch);
+    assert_eq!((report.reclaimed, report.cancelled, report.paid_without_claim), (0, 1, 1));
+    assert_eq!(report.paid_orders_without_claim[0].order_id, paid);
+    assert_eq!(report.units_without_claim[&sale], 1);
+    assert_eq!(world.status(unpaid).await, OrderStatus::Cancelled);
+    assert_eq!(world.status(paid).await, OrderStatus::Paid);
+    let sale = world.create_sale("s2", 10).await;
+    for n in 0..3 {
+        let order_id = world.buy(&sale, &format!("v{n}")).await;
+        assert!(order_id != unpaid && order_id != paid);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_ledger_of_yesterday_stops_sales_and_once_adopted_oversells_nothing() {
+    let mut world = World::selling().await;
+    let sale = world.create_sale("s", 4).await;
+    let kept = world.buy(&sale, "u1").await;
+    let cancelled = world.buy(&sale, "u2").await;
+    world.server.kill();
+    let yesterday = tempfile::tempdir().unwrap();
+    world.copy_ledger(yesterday.path());
+    let first = world.service().topology.current().epoch;
+    world.server.restart().await;
+    world.granted_after(first).await;
+    let later = [world.buy(&sale, "u3").await, world.buy(&sale, "u4").await];
+    world.pay(later[0]).await;
+    world.service().orders.cancel(&Uid::new("u2").unwrap(), cancelled).await.unwrap();
+    eventually("the units are back", async || (world.sale(&sale).await.remaining == 1).then_some(())).await;
+    let before = world.granted().await;
+
+    world.server.kill();
+    world.restore_ledger(yesterday.path());
+    world.server.restart().await;
+    let refusal = world.refused(Cause::RolledBack).await;
+    assert!(refusal.reason.contains("seckill ledger adopt"), "{refusal}");
+    assert!(world.role().await.is_isolated());
+
+    let report = world.service().guardian.adopt().await.unwrap();
+    assert_eq!((report.released, report.held, report.reclaimed, report.cancelled), (1, 1, 2, 0));
+    let fence = world.granted().await;
+    assert!(fence.epoch > before.epoch);
+    let books = world.sale(&sale).await;
+    assert_eq!((books.total, books.remaining, books.claimed), (4, 1, 3));
+    let last = world.buy(&sale, "u5").await;
+    assert!(![kept, cancelled, later[0], later[1]].contains(&last));
+    assert_eq!(world.try_buy(&sale, "u6").await, ReserveOutcome::SoldOut);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_ledger_is_found_by_its_epoch_even_if_no_order_tells() {
+    let mut world = World::selling().await;
+    world.server.kill();
+    let yesterday = tempfile::tempdir().unwrap();
+    world.copy_ledger(yesterday.path());
+    let first = world.service().topology.current().epoch;
+    world.server.restart().await;
+    world.granted_after(first).await;
+    world.stop().await;
+    for file in ["orders.db", "orders.db-wal", "orders.db-shm"] {
+        let _ = std::fs::remove_file(world.dir.path().join(file));
+    }
+    world.server.kill();
+    world.restore_ledger(yesterday.path());
+    world.server.restart().await;
+    world.start().await;
+    world.refused(Cause::RolledBack).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_ledger_of_somebody_else_is_left_alone_until_it_is_adopted() {
+    let world = World::selling().await;
+    let before = world.granted().await;
+    let other = Fence { ledger_id: LedgerId::new("other").unwrap(), ..before.at(Epoch(before.epoch.0 + 9)) };
+    set_fence(&mut world.conn().await, &FenceChange::Adopt, &other).await.unwrap();
+    let refusal = world.refused(Cause::Foreign).await;
+    assert!(refusal.reason.contains("seckill ledger adopt"), "{refusal}");
+    assert!(matches!(world.role().await, Role::Master { .. }));
+    let report = world.service().guardian.adopt().await.unwrap();
+    assert_eq!(report.found, Some(other.to_string()));
+    let fence = world.granted().await;
+    assert!(fence.epoch > other.epoch);
+    assert_eq!(fence.ledger_id, before.ledger_id);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ledger_of_another_schema_is_not_even_adopted() {
+    let world = World::selling().await;
+    let fence = world.granted().await.to_string();
+    let later = format!("9{}", fence.strip_prefix('1').unwrap());
+    world.eval_fence(&later).await;
+    world.refused(Cause::Schema).await;
+    let adopted = world.service().guardian.adopt().await;
+    assert!(
+        matches!(adopted, Err(RequestError::Failed(Recovery::Ledger(LedgerError::Schema(_))))),
+        "{adopted:?}"
+    );
+    let standing = roles::standing(&mut world.conn().await).await.unwrap();
+    assert_eq!(standing.fence, Some(later));
+    world.refused(Cause::Schema).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adoption_that_was_interrupted_is_finished_by_the_next_start() {
+    let mut world = World::selling().await;
+    let sale = world.create_sale("s", 2).await;
+    world.buy(&sale, "u1").await;
+    let before = world.granted().await;
+    world.stop().await;
+    let found = world.store().load().unwrap();
+    let mut topology = Topology::clone(&found.topology);
+    topology.epoch = topology.epoch.next();
+    topology.adopting.insert(0);
+    world.store().compare_and_set(Some(found.revision), &topology).unwrap();
+    world.start().await;
+    world.granted_after(before.epoch.next()).await;
+    assert!(world.store().load().unwrap().topology.adopting.is_empty());
+    assert_eq!(world.sale(&sale).await.remaining, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adoption_of_a_sound_ledger_changes_the_epoch_and_nothing_else() {
+    let world = World::selling().await;
+    let sale = world.create_sale("s", 2).await;
+    let order_id = world.buy(&sale, "u1").await;
+    let before = world.granted().await;
+    let report = world.service().guardian.adopt().await.unwrap();
+    assert_eq!((report.held, report.reclaimed, report.cancelled), (1, 0, 0));
+    assert!(world.granted().await.epoch > before.epoch);
+    assert_eq!(world.status(order_id).await, OrderStatus::Created);
+    assert_eq!(world.sale(&sale).await.remaining, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_topology_that_cannot_be_written_stops_a_promotion_and_uses_up_nothing() {
+    let mut world = World::selling().await;
+    let before = world.granted().await;
+    let lock = world.dir.path().join("topology.json.lock");
+    std::fs::remove_file(&lock).unwrap();
+    std::fs::create_dir(&lock).unwrap();
+    world.server.restart().await;
+    let refusal = world.refused(Cause::TopologyUnwritable).await;
+    assert!(refusal.reason.contains("topology.json"), "{refusal}");
+    assert_eq!(world.store().load().unwrap().topology.epoch, before.epoch);
+    assert!(world.role().await.is_isolated());
+    std::fs::remove_dir(&lock).unwrap();
+    let after = world.granted().await;
+    assert_eq!(after.epoch, before.epoch.next());
+}
