@@ -84,6 +84,12 @@ pub struct GuardianHandle {
 }
 
 impl GuardianHandle {
+    /// A handle whose guardian has ended.
+    #[cfg(test)]
+    pub(crate) fn ended() -> GuardianHandle {
+        GuardianHandle { requests: mpsc::channel(1).0 }
+    }
+
     /// Creates the ledger on an empty server: `seckill ledger init`.
     pub async fn init(&self) -> Result<Fence, RequestError<InitError>> {
         let (answer, answered) = oneshot::channel();

@@ -152,6 +152,7 @@ impl Shop {
             center: a,
             default_currency: None,
             auditor: Arc::new(|_| Box::pin(async { Ok(json!({"verdict": "clean", "sales": []})) })),
+            guardian: crate::shift::GuardianHandle::ended(),
             readiness: readiness.clone(),
             metrics,
         });
