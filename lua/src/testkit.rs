@@ -152,6 +152,8 @@ impl RedisServer {
 
     /// Starts the process; whether it answers.
     async fn spawn(&mut self) -> bool {
+        // An attempt before this one may have left a process that never answered.
+        self.kill();
         let log = File::options()
             .create(true)
             .append(true)
