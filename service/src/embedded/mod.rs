@@ -14,6 +14,8 @@
 
 mod data_dir;
 mod redis_server;
+#[cfg(test)]
+mod tests;
 
 use std::future::Future;
 use std::io::{self, Write};

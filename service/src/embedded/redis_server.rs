@@ -400,7 +400,8 @@ fn end_orphan(dir: &Path) {
     tracing::warn!(pid = pid.as_raw_nonzero(), "ending a redis-server that was left behind");
     for signal in [Signal::TERM, Signal::KILL] {
         let deadline = Instant::now() + STOP_WAIT;
-        while pidfd_send_signal(&pidfd, signal).is_ok() {
+        // A process that ended but is not reaped takes signals still; it has no working folder any more.
+        while pidfd_send_signal(&pidfd, signal).is_ok() && fs::read_link(proc.join("cwd")).is_ok() {
             if Instant::now() > deadline {
                 break;
             }
