@@ -25,6 +25,7 @@ use redis::{AsyncConnectionConfig, Client};
 use seckill_domain::{CenterId, Epoch};
 use tempfile::TempDir;
 
+use crate::HUGE_PAGES;
 use crate::admin::{FenceChange, FenceOutcome, set_fence};
 use crate::fence::{Fence, LedgerId};
 
@@ -160,6 +161,7 @@ impl RedisServer {
             .open(self.folder.path().join("redis.log"))
             .expect("a log in the server's folder");
         let mut command = Command::new("redis-server");
+        command.envs(HUGE_PAGES).args(["--disable-thp", "no"]);
         command.args(["--bind", "127.0.0.1", "--port", &self.port.to_string()]);
         command.arg("--dir").arg(self.folder.path());
         command.args(["--save", "", "--appendonly", "yes", "--appendfsync", "always"]);

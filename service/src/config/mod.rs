@@ -113,7 +113,7 @@ pub struct LedgerConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct InventoryConfig {
-    /// Lanes, each with a connection of its own. Default: 2.
+    /// Lanes, each with a connection of its own. Default: 1, because purchases that share a call cost Redis less.
     pub lanes: usize,
     /// Purchases in one call at most, up to 1024. Default: 512.
     pub max_batch: usize,
@@ -296,7 +296,7 @@ impl Default for LedgerConfig {
 impl Default for InventoryConfig {
     fn default() -> Self {
         InventoryConfig {
-            lanes: 2,
+            lanes: 1,
             max_batch: 512,
             queue_len: 8192,
             deadline_ms: 5000,

@@ -367,6 +367,9 @@ save ""
 # At the bound purchases stop and releases go on; nothing is ever evicted.
 maxmemory {max_memory_bytes}
 maxmemory-policy noeviction
+
+# Huge pages, see docs/ledger.md: the claims of a large sale are touched at random.
+disable-thp no
 "#
     ))
 }
@@ -380,6 +383,7 @@ fn command(options: &RedisOptions, binary: &Path) -> Command {
         }
         None => Command::new(binary),
     };
+    command.envs(seckill_ledger::HUGE_PAGES);
     // A group of its own: Ctrl-C in a terminal ends the service first, which then ends Redis.
     command.arg(config_file(&options.dir)).current_dir(&options.dir).stdin(Stdio::null()).process_group(0);
     command

@@ -1,7 +1,7 @@
 //! Lanes: each takes whatever is waiting, makes one call of the ledger for it, and answers all.
 //!
 //! There is no timer: at low load a batch is one purchase and waits for nothing; under load the purchases that
-//! arrive during a call share the next one. A lane has one call at a time under way and owns its connection.
+//! arrive during a call, or are about to, share the next one. A lane has one call at a time under way and owns its connection.
 //!
 //! What a call's failure means decides what happens next:
 //!
@@ -38,6 +38,9 @@ use crate::topology::{Authority, TopologyHandle};
 
 /// Pause before a lane that could not reach the ledger, or may not write, tries again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
+
+/// Passes of the scheduler that a batch may wait for more purchases at most; one takes some 10 µs under load.
+const GATHER_PASSES: usize = 32;
 
 /// A purchase in a lane.
 struct Waiting {
@@ -176,6 +179,7 @@ impl Lane {
             if taken == 0 {
                 return;
             }
+            self.gather(&mut queue, &mut batch).await;
             self.metrics.waiting.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             if is_one_sale(&batch) {
                 self.decide(&mut batch).await;
@@ -184,6 +188,22 @@ impl Lane {
                     self.decide(&mut sale).await;
                 }
             }
+        }
+    }
+
+    /// Lets every other task that could run go first, and takes the purchases that they bring, until a pass
+    /// brings none. There is nothing to wait for on an idle service, and on a busy one the call that is shared
+    /// by more costs each of them less.
+    async fn gather(&self, queue: &mut mpsc::Receiver<Waiting>, batch: &mut Vec<Waiting>) {
+        for _ in 0..GATHER_PASSES {
+            if batch.len() >= self.max_batch {
+                return;
+            }
+            tokio::task::yield_now().await;
+            if queue.is_empty() {
+                return;
+            }
+            queue.recv_many(batch, self.max_batch - batch.len()).await;
         }
     }
 
