@@ -43,9 +43,10 @@ pub(super) struct UpArgs {
 /// `seckill serve …`
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// The configuration; `seckill config default` prints a commented one
+    /// The configuration; `seckill config default` prints a commented one. Without it defaults and the environment
+    /// (SECKILL__SECTION__KEY) count alone
     #[arg(long)]
-    config: PathBuf,
+    config: Option<PathBuf>,
 }
 
 /// Runs `seckill up`.
@@ -78,7 +79,7 @@ pub(super) fn up(args: UpArgs) -> Outcome {
 
 /// Runs `seckill serve`.
 pub(super) fn serve(args: &ServeArgs) -> Outcome {
-    let config = Config::load(Some(&args.config), process_env()).map_err(Failure::error)?;
+    let config = Config::load(args.config.as_deref(), process_env()).map_err(Failure::error)?;
     start_logging(&config)?;
     for warning in config.warnings() {
         tracing::warn!(key = warning.key, "{}", warning.text);

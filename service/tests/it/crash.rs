@@ -140,11 +140,25 @@ fn a_folder_that_cannot_be_written_is_named() {
     assert!(up.log().contains("file/data"), "{}", up.log());
 }
 
+#[test]
+fn a_read_only_data_folder_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let mounted = Mounted::tmpfs(dir.path(), "ro");
+    for below in ["", "data"] {
+        let data_dir = mounted.path().join(below);
+        let mut up = Up::at(&data_dir, free_base_port());
+        up.spawn(&[]);
+        assert_eq!(up.wait_exit(), Some(1), "{}", up.log());
+        let (log, named) = (up.log(), mounted.path().display().to_string());
+        assert!(log.contains(&named) && log.contains("Read-only file system"), "{log}");
+    }
+}
+
 /// The data folder is on a file system of 24 MiB that fills up under load.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_full_disk_stops_sales_and_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
-    let mounted = Mounted::tmpfs(dir.path(), "24m");
+    let mounted = Mounted::tmpfs(dir.path(), "size=24m");
     let mut up = Up::at(mounted.path(), free_base_port());
     up.spawn(&[]);
     up.wait_ready();
@@ -186,9 +200,9 @@ async fn a_full_disk_stops_sales_and_loses_nothing() {
 struct Mounted(std::path::PathBuf);
 
 impl Mounted {
-    fn tmpfs(at: &std::path::Path, size: &str) -> Mounted {
+    fn tmpfs(at: &std::path::Path, options: &str) -> Mounted {
         let status = std::process::Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .args(["-t", "tmpfs", "-o", options, "tmpfs"])
             .arg(at)
             .status()
             .expect("mount starts");
