@@ -32,6 +32,9 @@ const PARTITION: u8 = 0;
 /// How often the start looks whether the first snapshot is there.
 const LOADED_POLL: Duration = Duration::from_millis(10);
 
+/// How long the order database may take to close.
+const CLOSE_WITHIN: Duration = Duration::from_secs(5);
+
 /// The sockets that the service answers on, bound by whoever starts it.
 #[derive(Debug)]
 pub struct Listeners {
@@ -62,22 +65,33 @@ pub async fn run(
     let tracker = TaskTracker::new();
     let fatal = CancellationToken::new();
     let stop = CancellationToken::new();
-    let outcome = serve(&config, listeners, start, &shutdown, &tracker, &stop, &fatal).await;
+    let mut opened = None;
+    let outcome = serve(&config, listeners, start, &mut opened, &shutdown, &tracker, &stop, &fatal).await;
     stop.cancel();
     tracker.close();
     let drain = Duration::from_secs(config.shutdown.drain_deadline_s);
     if tokio::time::timeout(drain, tracker.wait()).await.is_err() {
         tracing::warn!(drain_deadline_s = drain.as_secs(), "some tasks did not end in time");
     }
+    // Moves SQLite's log into the database file; nothing is lost without it.
+    if let Some(orders) = opened
+        && tokio::time::timeout(CLOSE_WITHIN, orders.close()).await.is_err()
+    {
+        tracing::warn!("the order database did not close in time");
+    }
     outcome?;
     anyhow::ensure!(!fatal.is_cancelled(), "an essential task panicked; see the log");
     Ok(())
 }
 
+/// Everything between the start and the last answer. `opened` is the order database, to be closed when its users
+/// have ended.
+#[expect(clippy::too_many_arguments, reason = "the ends of tasks come from outside, each on its own")]
 async fn serve(
     config: &Config,
     listeners: Listeners,
     start: Start,
+    opened: &mut Option<OrderStore>,
     shutdown: &CancellationToken,
     tracker: &TaskTracker,
     stop: &CancellationToken,
@@ -102,6 +116,7 @@ async fn serve(
     let orders = OrderStore::open(&config.orders.database_url, options)
         .await
         .context("the order database cannot be opened")?;
+    *opened = Some(orders.clone());
     metrics.register(|registry| orders.metrics().register(registry));
 
     let guardian = Guardian::spawn(
@@ -231,8 +246,10 @@ fn auditor(inventory: &Inventory, orders: &OrderStore) -> Auditor {
     Arc::new(move |sale| {
         let (pool, orders) = (pool.clone(), orders.clone());
         Box::pin(async move {
-            let mut conn = pool.get().await.map_err(|error| error.to_string())?;
-            let report = audit::run(&orders, &mut conn, sale.as_ref()).await;
+            let report = match pool.get().await {
+                Ok(mut conn) => audit::run(&orders, &mut conn, sale.as_ref()).await,
+                Err(error) => audit::Report::incomplete(format!("no connection to the ledger: {error}")),
+            };
             serde_json::to_value(&report).map_err(|error| error.to_string())
         })
     })

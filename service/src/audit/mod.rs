@@ -136,8 +136,8 @@ enum Obstacle {
     Orders(#[from] orders::Error),
 }
 
-/// Compares the books of all sales, or of one. Takes about ten seconds and some 100 MB for a million orders;
-/// beyond two million it goes through the tables in several parts.
+/// Compares the books of all sales, or of one. Reads every claim and every order once, in batches; beyond two
+/// million orders it goes through the tables in several parts, so that its memory stays bounded.
 pub async fn run(store: &OrderStore, conn: &mut impl ConnectionLike, sale: Option<&SaleId>) -> Report {
     let _turn = TURN.acquire().await;
     let first = round::run(store, conn, sale).await;
@@ -145,15 +145,25 @@ pub async fn run(store: &OrderStore, conn: &mut impl ConnectionLike, sale: Optio
         Ok(report) if report.verdict != Verdict::Violation => report,
         Ok(suspicious) => match round::run(store, conn, sale).await {
             Ok(again) => confirmed(again, &suspicious),
-            Err(obstacle) => Report { problems: vec![obstacle.to_string()], ..suspicious },
+            // What was seen once is not confirmed.
+            Err(obstacle) => {
+                Report { verdict: Verdict::Incomplete, problems: vec![obstacle.to_string()], ..suspicious }
+            }
         },
-        Err(obstacle) => Report {
+        Err(obstacle) => Report::incomplete(obstacle.to_string()),
+    }
+}
+
+impl Report {
+    /// A report of an audit that could not read what it compares.
+    pub fn incomplete(problem: String) -> Report {
+        Report {
             verdict: Verdict::Incomplete,
             sales: Vec::new(),
             unreadable: 0,
             violations: Vec::new(),
-            problems: vec![obstacle.to_string()],
-        },
+            problems: vec![problem],
+        }
     }
 }
 

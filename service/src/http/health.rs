@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::response::Response;
 use http::header::CONTENT_TYPE;
 use http::{HeaderValue, StatusCode};
+use seckill_domain::Millis;
 use serde_json::json;
 
 use super::AdminState;
@@ -85,11 +86,17 @@ pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Respons
         }
         Err(_) => json!({ "ok": false }),
     };
+    // A ledger without any write yet, or an empty server, has no time.
+    let seen = (sales.as_of() != Millis::default()).then(|| (sales.as_of(), sales.age_ms()));
     let mut response = private_json(&json!({
         "status": stage.name(),
         "center": state.center,
         "authority": authority,
-        "ledger": { "loaded": sales.is_loaded(), "as_of": sales.as_of(), "age_ms": sales.age_ms() },
+        "ledger": {
+            "loaded": sales.is_loaded(),
+            "as_of": seen.map(|(as_of, _)| as_of),
+            "age_ms": seen.map(|(_, age_ms)| age_ms),
+        },
         "store": store,
         "topology": { "state": topology.state, "epoch": topology.epoch, "master": topology.master },
         "degraded": topology.state == crate::topology::TopologyState::Degraded,
