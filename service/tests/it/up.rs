@@ -17,6 +17,7 @@ pub(crate) struct Up {
     base_port: u16,
     child: Option<Child>,
     output: Arc<Mutex<Vec<String>>>,
+    readers: Vec<std::thread::JoinHandle<()>>,
     _owned: Option<tempfile::TempDir>,
 }
 
@@ -33,7 +34,14 @@ impl Up {
 
     /// Describes one on a folder without starting it.
     pub(crate) fn at(dir: &Path, base_port: u16) -> Up {
-        Up { dir: dir.to_owned(), base_port, child: None, output: Arc::default(), _owned: None }
+        Up {
+            dir: dir.to_owned(),
+            base_port,
+            child: None,
+            output: Arc::default(),
+            readers: Vec::new(),
+            _owned: None,
+        }
     }
 
     /// Starts the process; `wait_ready` or `wait_exit` comes next.
@@ -54,11 +62,11 @@ impl Up {
             Box::new(child.stderr.take().unwrap()),
         ] {
             let output = Arc::clone(&self.output);
-            std::thread::spawn(move || {
+            self.readers.push(std::thread::spawn(move || {
                 for line in BufReader::new(stream).lines().map_while(Result::ok) {
                     output.lock().unwrap().push(line);
                 }
-            });
+            }));
         }
         self.child = Some(child);
     }
@@ -81,6 +89,7 @@ impl Up {
         let mut child = self.child.take().expect("it was started");
         loop {
             if let Some(status) = child.try_wait().unwrap() {
+                self.wait_output();
                 return status.code();
             }
             if Instant::now() > deadline {
@@ -89,6 +98,16 @@ impl Up {
             }
             std::thread::sleep(Duration::from_millis(10));
         }
+    }
+
+    /// Waits until everything that the ended process printed has been read. What it started may hold its output
+    /// open for a moment longer.
+    fn wait_output(&mut self) {
+        let deadline = Instant::now() + PATIENCE;
+        while self.readers.iter().any(|reader| !reader.is_finished()) && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.readers.clear();
     }
 
     /// kill -9 of the process, and nothing else.
