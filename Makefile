@@ -7,7 +7,7 @@ CARGO ?= cargo
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
-setup: ## Install what is missing: redis-server, a C compiler (apt); check the Rust toolchain
+setup: ## Install what is missing: servers, compilers, headers (apt); check the Rust toolchain
 	@scripts/setup.sh
 
 demo: setup ## 10,000 units, 100,000 buyers, latencies and the audit, on this machine
@@ -22,7 +22,7 @@ bench: setup ## Measure the budgets of docs/: a table, and target/bench.json
 lint: setup ## rustfmt, clippy (warnings are errors), shell scripts, and licences where cargo-deny is installed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh .ci/run; \
+	@if command -v shellcheck >/dev/null; then shellcheck --severity=warning scripts/*.sh .ci/run; \
 		else echo "shellcheck is not installed: shell scripts not checked"; fi
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
 		else echo "cargo-deny is not installed: run make deny once"; fi

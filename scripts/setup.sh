@@ -7,10 +7,25 @@ need() { # COMMAND PACKAGE
     command -v "$1" >/dev/null 2>&1 || missing+=("$2")
 }
 need redis-server redis-server
+need mariadbd mariadb-server
+need etcd etcd-server
+need haproxy haproxy
+need java default-jre-headless
+need mvn maven
+need protoc protobuf-compiler
+need shellcheck shellcheck
 need cc build-essential
 need pkg-config pkg-config
 need curl curl
 need git git
+
+# Headers: a command would not show them.
+needs_file() { # FILE PACKAGE
+    [ -e "$1" ] || missing+=("$2")
+}
+needs_file /usr/include/google/protobuf/empty.proto libprotobuf-dev
+needs_file /usr/include/openssl/ssl.h libssl-dev
+needs_file /usr/include/zlib.h zlib1g-dev
 
 if [ "${#missing[@]}" -gt 0 ]; then
     if ! command -v apt-get >/dev/null 2>&1; then
