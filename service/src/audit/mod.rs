@@ -19,7 +19,11 @@
 //! Adoptions and archiving are the exception: they change claims without naming them. So whatever looks like a
 //! violation is looked at once more from the beginning, and counts if it is still there.
 
+mod book;
+mod compare;
+mod flight;
 mod round;
+mod sums;
 
 use redis::aio::ConnectionLike;
 use seckill_domain::{OrderId, OrderStatus, SaleId};
