@@ -217,6 +217,7 @@ fn first_topology(config: &Config) -> Topology {
         public_url: config.listen.public_url(),
         admin_url: config.listen.admin_url(),
         internal_url: config.listen.internal_url(),
+        ledger: Vec::new(),
         extra: serde_json::Map::new(),
     };
     let limits = Limits {

@@ -60,6 +60,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         public_url: url.clone(),
         admin_url: url.clone(),
         internal_url: url,
+        ledger: Vec::new(),
         extra: serde_json::Map::new(),
     };
     let mut topology =

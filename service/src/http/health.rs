@@ -72,7 +72,12 @@ pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Respons
     let stage = state.readiness.stage();
     let topology = state.topology.current();
     let authority = match state.authority.grant() {
-        Ok(fence) => json!({ "granted": true, "epoch": fence.epoch, "master": fence.master }),
+        Ok(grant) => json!({
+            "granted": true,
+            "epoch": grant.fence.epoch,
+            "master": grant.fence.master,
+            "durability": grant.acknowledge.durability(),
+        }),
         Err(refusal) => {
             json!({ "granted": false, "cause": refusal.cause.as_str(), "reason": &*refusal.reason })
         }

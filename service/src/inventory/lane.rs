@@ -214,7 +214,7 @@ impl Lane {
             let Some(first) = batch.first() else { return };
             let sale = first.purchase.sale_id.clone();
             let fence = match self.authority.grant() {
-                Ok(fence) => fence,
+                Ok(grant) => grant.fence.clone(),
                 Err(refusal) if refusal.cause.needs_somebody() => {
                     answer_all(batch, &PurchaseError::NoAuthority(refusal.reason));
                     return;
@@ -270,7 +270,7 @@ impl Lane {
     /// Answers a decided batch. The authority is asked again (A2): an acceptance under an authority that has
     /// ended meanwhile may not be the truth any more.
     fn answer(&self, fence: &Fence, sale: &SaleId, batch: &mut Vec<Waiting>, reply: ReserveReply) {
-        let still = self.authority.grant().is_ok_and(|now| now.epoch == fence.epoch);
+        let still = self.authority.grant().is_ok_and(|now| now.fence.epoch == fence.epoch);
         let mut sold_out = false;
         for (waiting, outcome) in batch.drain(..).zip(reply.outcomes) {
             sold_out |= outcome == ReserveOutcome::SoldOut;

@@ -152,8 +152,12 @@ impl Inventory {
         Ok(seckill_ledger::read::sale(&mut conn, id).await?)
     }
 
-    fn fence(&self) -> Result<std::sync::Arc<seckill_ledger::Fence>, Unavailable> {
-        self.0.authority.grant().map_err(|refusal| Unavailable::NoAuthority(refusal.reason))
+    fn fence(&self) -> Result<seckill_ledger::Fence, Unavailable> {
+        self.0
+            .authority
+            .grant()
+            .map(|grant| grant.fence.clone())
+            .map_err(|refusal| Unavailable::NoAuthority(refusal.reason))
     }
 
     async fn conn(&self) -> Result<deadpool_redis::Connection, Unavailable> {

@@ -330,9 +330,9 @@ impl Refresher {
         if self.last_heartbeat.is_some_and(|last| now.duration_since(last) < self.heartbeat) {
             return;
         }
-        if let Ok(fence) = self.authority.grant() {
+        if let Ok(grant) = self.authority.grant() {
             self.last_heartbeat = Some(now);
-            if let Err(error) = seckill_ledger::admin::barrier(conn, &fence).await {
+            if let Err(error) = seckill_ledger::admin::barrier(conn, &grant.fence).await {
                 tracing::debug!(%error, "no heartbeat");
             }
         }

@@ -133,13 +133,13 @@ async fn send(
     sale_id: &SaleId,
     orders: &[ReleaseEntry],
 ) -> Result<Vec<ReleaseOutcome>, seckill_ledger::Error> {
-    let fence =
+    let grant =
         link.authority.grant().map_err(|refusal| seckill_ledger::Error::Rejected(refusal.to_string()))?;
     let mut conn = match slot.take() {
         Some(conn) => conn,
         None => link.connect().await?,
     };
-    let outcomes = release(&mut conn, &fence, sale_id, orders).await?;
+    let outcomes = release(&mut conn, &grant.fence, sale_id, orders).await?;
     *slot = Some(conn);
     Ok(outcomes)
 }

@@ -150,7 +150,8 @@ impl Tailer {
         after: OutboxId,
         count: usize,
     ) -> Result<Page, Halt> {
-        let fence = self.link.authority.grant().map_err(|refusal| Halt::Wait(refusal.to_string()))?;
+        let grant = self.link.authority.grant().map_err(|refusal| Halt::Wait(refusal.to_string()))?;
+        let fence = &grant.fence;
         let page = outbox::read(conn, after, count).await?;
         match &page.role {
             Role::Master { .. } if page.fence.as_deref() == Some(fence.to_string().as_str()) => {}

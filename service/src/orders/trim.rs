@@ -71,11 +71,11 @@ impl Trim {
             return Ok(());
         };
         // Without authority nothing is written to the ledger; the entries can wait.
-        let Ok(fence) = self.link.authority.grant() else { return Ok(()) };
+        let Ok(grant) = self.link.authority.grant() else { return Ok(()) };
         let mut conn = self.link.connect().await?;
         // A call drops some thousand entries at most.
         loop {
-            let dropped = admin::trim(&mut conn, &fence, keep_from).await?;
+            let dropped = admin::trim(&mut conn, &grant.fence, keep_from).await?;
             self.store.metrics().trimmed.inc_by(dropped);
             if dropped == 0 {
                 return Ok(());

@@ -371,7 +371,7 @@ impl Guardian {
         if !matches!(&self.state, State::Admitted { fence: known, .. } if *known == fence) {
             tracing::info!(partition, epoch, run_id, "the ledger's server is the master");
         }
-        self.authority.admit(partition, fence.clone(), &run_id);
+        self.authority.admit(partition, fence.clone(), &run_id, 0);
         self.state = State::Admitted { text: fence.to_string(), fence, run_id, seq: seen.standing.seq };
         self.said = None;
         self.retry = None;

@@ -35,6 +35,7 @@ fn first_topology() -> Topology {
         public_url: String::new(),
         admin_url: String::new(),
         internal_url: String::new(),
+        ledger: Vec::new(),
         extra: Extra::new(),
     };
     Topology::single(new_ledger_id(), center(), urls, Limits::default())
@@ -129,13 +130,13 @@ impl World {
         let granted = tokio::time::timeout(PATIENCE, status.wait_for(Result::is_ok)).await;
         let granted =
             granted.unwrap_or_else(|_| panic!("no authority: {:?}", self.service().authority.status()));
-        Fence::clone(granted.unwrap().as_ref().unwrap())
+        granted.unwrap().as_ref().unwrap().fence.clone()
     }
 
     async fn granted_after(&self, epoch: Epoch) -> Fence {
         let authority = &self.service().authority;
         eventually("a later epoch", async || {
-            authority.grant().ok().filter(|fence| fence.epoch > epoch).map(|fence| Fence::clone(&fence))
+            authority.grant().ok().filter(|grant| grant.fence.epoch > epoch).map(|grant| grant.fence.clone())
         })
         .await
     }

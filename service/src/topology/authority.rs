@@ -9,7 +9,7 @@ use seckill_domain::{CenterId, Epoch};
 use seckill_ledger::Fence;
 use tokio::sync::{Notify, watch};
 
-use super::document::Topology;
+use super::document::{Durability, Topology};
 
 /// The lease ends this much earlier than it was granted for (a share of it), because the clocks of two machines
 /// do not run at exactly the same rate (A1). NTP slews by at most 0.05 %.
@@ -132,8 +132,50 @@ impl NoAuthority {
     }
 }
 
+/// What an acknowledgement waits for, beside the master's append-only file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Acknowledge {
+    /// Nothing.
+    Local,
+    /// This many replicas have to confirm it (`WAIT`).
+    Replicated {
+        /// All replicas that are attached and online, so that the ones in sync are among those that confirm
+        /// (K1); never less than the number of those in sync.
+        replicas: usize,
+    },
+}
+
+impl Acknowledge {
+    /// The durability that an acknowledgement has.
+    pub fn durability(self) -> Durability {
+        match self {
+            Acknowledge::Local => Durability::Local,
+            Acknowledge::Replicated { .. } => Durability::Replicated,
+        }
+    }
+}
+
+/// The permission to write to the ledger, as it is at one moment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Grant {
+    /// What every write carries.
+    pub fence: Fence,
+    /// What has to be waited for before a write made under this fence counts.
+    pub acknowledge: Acknowledge,
+    /// The run of each partition's server that the guardian admitted.
+    pub run_ids: Box<[Arc<str>]>,
+}
+
+impl Grant {
+    /// The run of a partition's server. A connection made later may lead to a restarted server: compare before
+    /// the first write on it. `None` for the grants of tests and benches.
+    pub fn run_id(&self, partition: u8) -> Option<&str> {
+        self.run_ids.get(usize::from(partition)).map(|run_id| &**run_id)
+    }
+}
+
 /// What `/readyz`, metrics and the CLI show.
-pub type AuthorityStatus = Result<Arc<Fence>, NoAuthority>;
+pub type AuthorityStatus = Result<Arc<Grant>, NoAuthority>;
 
 /// Answers whether this service may write to the ledger right now. Cheap to ask and to clone.
 ///
@@ -160,7 +202,7 @@ struct Shared {
 /// What the purchase path reads: one consistent picture, replaced as a whole.
 #[derive(Debug)]
 enum Verdict {
-    Granted { fence: Arc<Fence>, deadline_ns: u64 },
+    Granted { grant: Arc<Grant>, deadline_ns: u64 },
     Refused(NoAuthority),
 }
 
@@ -181,8 +223,10 @@ type Admission = Result<Admitted, NoAuthority>;
 
 #[derive(Debug)]
 struct Admitted {
-    fence: Arc<Fence>,
+    fence: Fence,
     run_id: Arc<str>,
+    /// Replicas that are attached to it and online.
+    replicas: usize,
 }
 
 impl Authority {
@@ -200,8 +244,13 @@ impl Authority {
 
     /// An authority that grants this fence for ever, for tests and benches without a topology.
     pub fn fixed(fence: Fence) -> Authority {
-        let fence = Arc::new(fence);
-        Authority::build(None, u64::MAX, Verdict::Granted { fence, deadline_ns: u64::MAX }, Vec::new())
+        Authority::fixed_grant(Grant { fence, acknowledge: Acknowledge::Local, run_ids: Box::default() })
+    }
+
+    /// An authority that gives this grant for ever, for tests and benches without a topology.
+    pub fn fixed_grant(grant: Grant) -> Authority {
+        let verdict = Verdict::Granted { grant: Arc::new(grant), deadline_ns: u64::MAX };
+        Authority::build(None, u64::MAX, verdict, Vec::new())
     }
 
     fn build(
@@ -211,7 +260,7 @@ impl Authority {
         partitions: Vec<Admission>,
     ) -> Authority {
         let status = match &verdict {
-            Verdict::Granted { fence, .. } => Ok(Arc::clone(fence)),
+            Verdict::Granted { grant, .. } => Ok(Arc::clone(grant)),
             Verdict::Refused(refusal) => Err(refusal.clone()),
         };
         let lapsed = NoAuthority::new(
@@ -231,13 +280,14 @@ impl Authority {
         }
     }
 
-    /// The fence that writes to the ledger carry now. Ask before a batch is sent and again before it is
-    /// acknowledged (A2). Takes no lock.
-    pub fn grant(&self) -> Result<Arc<Fence>, NoAuthority> {
+    /// The fence that writes to the ledger carry now, and what their acknowledgement waits for. Ask before a
+    /// batch is sent and again before it is acknowledged (A2): it counts only if the epoch is still the same.
+    /// Takes no lock.
+    pub fn grant(&self) -> Result<Arc<Grant>, NoAuthority> {
         match &**self.shared.verdict.load() {
-            Verdict::Granted { fence, deadline_ns } => {
+            Verdict::Granted { grant, deadline_ns } => {
                 if boottime_ns() < *deadline_ns {
-                    Ok(Arc::clone(fence))
+                    Ok(Arc::clone(grant))
                 } else {
                     Err(NoAuthority::clone(&self.shared.lapsed.load()))
                 }
@@ -254,16 +304,6 @@ impl Authority {
     /// The answer as it was last published.
     pub fn status(&self) -> AuthorityStatus {
         self.shared.status.borrow().clone()
-    }
-
-    /// The run of the server that the guardian admitted for a partition. A connection made later may lead to a
-    /// restarted server: compare before the first write on it.
-    pub fn run_id(&self, partition: u8) -> Option<Arc<str>> {
-        let inputs = self.inputs();
-        match inputs.partitions.get(usize::from(partition)) {
-            Some(Ok(admitted)) => Some(Arc::clone(&admitted.run_id)),
-            _ => None,
-        }
     }
 
     /// Somebody saw something that does not fit (a refused write, a cursor ahead of the ledger, a lost
@@ -294,9 +334,9 @@ impl Authority {
         self.publish(&self.inputs());
     }
 
-    /// A partition's server is the master at this fence.
-    pub(crate) fn admit(&self, partition: u8, fence: Fence, run_id: &str) {
-        self.set(partition, Ok(Admitted { fence: Arc::new(fence), run_id: Arc::from(run_id) }));
+    /// A partition's server is the master at this fence, with this many replicas attached and online.
+    pub(crate) fn admit(&self, partition: u8, fence: Fence, run_id: &str, replicas: usize) {
+        self.set(partition, Ok(Admitted { fence, run_id: Arc::from(run_id), replicas }));
     }
 
     /// A partition's server is not to be written to.
@@ -326,7 +366,7 @@ impl Authority {
             Verdict::Granted { deadline_ns, .. } if boottime_ns() >= *deadline_ns => {
                 Err(NoAuthority::clone(&self.shared.lapsed.load()))
             }
-            Verdict::Granted { fence, .. } => Ok(Arc::clone(fence)),
+            Verdict::Granted { grant, .. } => Ok(Arc::clone(grant)),
             Verdict::Refused(refusal) => Err(refusal.clone()),
         };
         self.shared.verdict.store(Arc::new(verdict));
@@ -349,11 +389,15 @@ impl Authority {
             return refused(Cause::Shifting, "a shift is recorded in the topology".to_owned());
         }
         let fence = topology.fence();
-        let mut shared_fence = None;
+        let mut run_ids = Vec::with_capacity(inputs.partitions.len());
+        let mut attached = 0;
         for admission in &inputs.partitions {
             match admission {
                 Err(refusal) => return Verdict::Refused(refusal.clone()),
-                Ok(admitted) if *admitted.fence == fence => shared_fence = Some(&admitted.fence),
+                Ok(admitted) if admitted.fence == fence => {
+                    run_ids.push(Arc::clone(&admitted.run_id));
+                    attached = attached.max(admitted.replicas);
+                }
                 Ok(admitted) => {
                     let Epoch(epoch) = admitted.fence.epoch;
                     return refused(
@@ -363,12 +407,18 @@ impl Authority {
                 }
             }
         }
-        match shared_fence {
-            Some(fence) => Verdict::Granted {
-                fence: Arc::clone(fence),
-                deadline_ns: since_ns.saturating_add(self.shared.lease_ns),
-            },
-            None => refused(Cause::Starting, "no ledger is configured".to_owned()),
+        if run_ids.is_empty() {
+            return refused(Cause::Starting, "no ledger is configured".to_owned());
+        }
+        let acknowledge = match topology.effective_durability() {
+            Durability::Local => Acknowledge::Local,
+            Durability::Replicated => {
+                Acknowledge::Replicated { replicas: attached.max(topology.in_sync.len()) }
+            }
+        };
+        Verdict::Granted {
+            grant: Arc::new(Grant { fence, acknowledge, run_ids: run_ids.into() }),
+            deadline_ns: since_ns.saturating_add(self.shared.lease_ns),
         }
     }
 }

@@ -29,6 +29,9 @@ pub struct Topology {
     pub in_sync: Vec<InSync>,
     /// Whether the master shifts or a replica is missing.
     pub state: TopologyState,
+    /// What an acknowledged purchase survives, while the state is not `degraded`.
+    #[serde(default)]
+    pub durability: Durability,
     /// The shift that is under way. This release runs none and keeps out of the way of one.
     #[serde(default)]
     pub shift: Option<serde_json::Value>,
@@ -64,6 +67,7 @@ impl Topology {
             master: id.clone(),
             in_sync: Vec::new(),
             state: TopologyState::Steady,
+            durability: Durability::Local,
             shift: None,
             shard_owners: vec![id.clone(); usize::from(SHARDS)],
             centers: BTreeMap::from([(id, center)]),
@@ -89,6 +93,17 @@ impl Topology {
     /// A center by its id.
     pub fn center(&self, id: &CenterId) -> Option<&Center> {
         self.centers.get(id)
+    }
+
+    /// What an acknowledgement has to wait for. A master without a replica that is in sync sells on with
+    /// [`Durability::Local`].
+    pub fn effective_durability(&self) -> Durability {
+        match self.durability {
+            Durability::Replicated if !self.in_sync.is_empty() && self.state != TopologyState::Degraded => {
+                Durability::Replicated
+            }
+            Durability::Replicated | Durability::Local => Durability::Local,
+        }
     }
 
     /// Whether the ledger of a partition was ever created under this topology.
@@ -133,6 +148,10 @@ pub struct Center {
     pub admin_url: String,
     /// Base URL of its internal listener.
     pub internal_url: String,
+    /// `HOST:PORT` of each inventory partition's Redis, as the other centers reach it: replicas copy from there,
+    /// and guardians look at it before they give a server its role. Empty where there is only one center.
+    #[serde(default)]
+    pub ledger: Vec<String>,
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,
@@ -160,6 +179,27 @@ pub struct LedgerRun {
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,
+}
+
+/// What an acknowledged purchase survives.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Durability {
+    /// Kill -9 and power loss of the master: its append-only file has it.
+    #[default]
+    Local,
+    /// The loss of the master center, too: the other center's replica has confirmed it.
+    Replicated,
+}
+
+impl Durability {
+    /// The name in JSON.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Durability::Local => "local",
+            Durability::Replicated => "replicated",
+        }
+    }
 }
 
 /// Whether all is as it should be between the centers.
@@ -274,6 +314,7 @@ mod tests {
             public_url: "http://127.0.0.1:8080".to_owned(),
             admin_url: "http://127.0.0.1:8081".to_owned(),
             internal_url: "http://127.0.0.1:8082".to_owned(),
+            ledger: Vec::new(),
             extra: Extra::new(),
         };
         Topology::single(new_ledger_id(), CenterId::new("a").unwrap(), center, Limits::default())

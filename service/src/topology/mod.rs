@@ -11,9 +11,10 @@ mod handle;
 #[cfg(test)]
 mod tests;
 
-pub use authority::{Authority, AuthorityStatus, Cause, NoAuthority};
+pub use authority::{Acknowledge, Authority, AuthorityStatus, Cause, Grant, NoAuthority};
 pub use document::{
-    Center, Extra, InSync, LedgerRun, Limits, Rate, SCHEMA, Topology, TopologyState, new_ledger_id,
+    Center, Durability, Extra, InSync, LedgerRun, Limits, Rate, SCHEMA, Topology, TopologyState,
+    new_ledger_id,
 };
 pub use file_store::{FileStore, Revision, StoreError, Versioned};
 pub use handle::{TopologyHandle, UpdateError};

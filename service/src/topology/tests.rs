@@ -1,6 +1,5 @@
 //! The store's behaviour (every store has to pass this), and the lease.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use seckill_domain::{CenterId, CenterNumber, Epoch};
@@ -16,6 +15,7 @@ fn document() -> Topology {
         public_url: "http://127.0.0.1:8080".to_owned(),
         admin_url: "http://127.0.0.1:8081".to_owned(),
         internal_url: "http://127.0.0.1:8082".to_owned(),
+        ledger: Vec::new(),
         extra: Extra::new(),
     };
     Topology::single(new_ledger_id(), CenterId::new("a").unwrap(), center, Limits::default())
@@ -165,7 +165,7 @@ impl Service {
     }
 
     fn admit(&self) {
-        self.authority.admit(0, self.handle.current().fence(), "run");
+        self.authority.admit(0, self.handle.current().fence(), "run", 0);
     }
 }
 
@@ -230,8 +230,8 @@ async fn authority_is_granted_at_the_topologys_fence_only() {
     let service = Service::start(Duration::from_secs(5)).await;
     assert_eq!(service.authority.grant().unwrap_err().cause, Cause::Starting);
     service.admit();
-    assert_eq!(*service.authority.grant().unwrap(), service.handle.current().fence());
-    assert_eq!(service.authority.run_id(0).as_deref(), Some("run"));
+    assert_eq!(service.authority.grant().unwrap().fence, service.handle.current().fence());
+    assert_eq!(service.authority.grant().unwrap().run_id(0), Some("run"));
     // A new epoch begins: nothing is granted until the ledger has its fence.
     service
         .handle
@@ -243,7 +243,7 @@ async fn authority_is_granted_at_the_topologys_fence_only() {
         .unwrap();
     assert_eq!(service.authority.grant().unwrap_err().cause, Cause::Promoting);
     service.admit();
-    assert_eq!(service.authority.grant().unwrap().epoch, Epoch(1));
+    assert_eq!(service.authority.grant().unwrap().fence.epoch, Epoch(1));
     service.authority.refuse(0, NoAuthority::new(Cause::Empty, "gone"));
     assert_eq!(&*service.authority.grant().unwrap_err().reason, "gone");
 }
@@ -325,6 +325,6 @@ async fn authority_lapses_by_itself_when_nobody_confirms_it() {
 fn a_fixed_authority_grants_for_ever() {
     let fence = document().fence();
     let authority = Authority::fixed(fence.clone());
-    assert_eq!(authority.grant(), Ok(Arc::new(fence)));
+    assert_eq!(authority.grant().unwrap().fence, fence);
     assert!(authority.status().is_ok());
 }

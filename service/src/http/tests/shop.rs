@@ -100,6 +100,7 @@ impl Shop {
             public_url: url.clone(),
             admin_url: url.clone(),
             internal_url: url,
+            ledger: Vec::new(),
             extra: serde_json::Map::new(),
         };
         let a = CenterId::new("a").unwrap();
