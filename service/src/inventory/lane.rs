@@ -1,66 +1,85 @@
-//! Lanes: each takes whatever is waiting, makes one call of the ledger for it, and answers all.
+//! Lanes: each takes whatever is waiting, has it decided in one call for each sale, and answers all.
 //!
 //! There is no timer: at low load a batch is one purchase and waits for nothing; under load the purchases that
-//! arrive during a call, or are about to, share the next one. A lane has one call at a time under way and owns its connection.
+//! arrive during a call, or are about to, share the next one. Who decides is the [`super::route`]'s business. An
+//! attempt that needs nothing more of the lane (it waits for another center) goes on beside the next batches.
 //!
-//! What a call's failure means decides what happens next:
-//!
-//! | failure | what happened | what the lane does |
-//! | --- | --- | --- |
-//! | refused by the fence, replica, loading, connection refused | nothing | holds the purchases and tries again until their deadlines pass |
-//! | no authority until somebody does something | nothing | answers at once |
-//! | timeout, connection lost | unknown | sends the same entries again under the same keys on a new connection; past the deadline answers "unknown" |
-//! | memory bound | nothing | answers `ledger_full` |
+//! | verdict of an attempt | what the lane does |
+//! | --- | --- |
+//! | accepted, refused | answers |
+//! | not executed | holds the purchase and has it attempted again until its deadline passes, then says why |
+//! | unknown | the same, under the same key; past the deadline answers "unknown" |
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
-use seckill_domain::{CenterId, CenterNumber, SaleId};
-use seckill_ledger::{
-    Error, Executed, Fence, MAX_BATCH, ReserveEntry, ReserveOutcome, ReserveReply, reserve,
-};
+use futures_util::future::BoxFuture;
+use seckill_domain::{CenterId, CenterNumber, OrderId};
+use seckill_ledger::{Executed, MAX_BATCH, ReserveEntry};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::connection::Target;
 use super::error::PurchaseError;
 use super::metrics::InventoryMetrics;
-use super::sold_out::SoldOut;
-use super::{Accepted, PARTITION, Purchase};
+use super::route::{Attempt, Route, Verdict};
+use super::{Accepted, Purchase};
 use crate::config::InventoryConfig;
 use crate::tasks::essential;
-use crate::topology::{Authority, TopologyHandle};
+use crate::topology::TopologyHandle;
 
-/// Pause before a lane that could not reach the ledger, or may not write, tries again.
+/// Pause before purchases that could not be decided are attempted again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Passes of the scheduler that a batch may wait for more purchases at most; one takes some 10 µs under load.
 const GATHER_PASSES: usize = 32;
+
+/// Attempts of one lane that may go on beside it. Full batches every millisecond over 100 ms between centers are
+/// a hundred; smaller batches than that grow while they wait for a place.
+const MAX_PENDING: usize = 128;
 
 /// A purchase in a lane.
 struct Waiting {
     purchase: Purchase,
     home: Home,
     deadline: Instant,
-    /// Whether an attempt may have been accepted without our hearing of it.
-    in_doubt: bool,
+    /// Why it is held.
+    held: Option<PurchaseError>,
+    /// Set once an attempt may have been accepted without our hearing of it.
+    doubt: Option<PurchaseError>,
     answer: oneshot::Sender<Result<Accepted, PurchaseError>>,
 }
 
 impl Waiting {
-    /// Answers that it was not accepted, or, where an attempt may have been, that nobody knows. The client may
-    /// be gone; then the ledger is what remembers.
-    fn refuse(self, error: &PurchaseError) {
-        let error = match self.in_doubt {
-            true => PurchaseError::MasterUnreachable { executed: Executed::Unknown },
-            false => error.clone(),
-        };
-        let _ = self.answer.send(Err(error));
+    /// What a decider needs of it.
+    fn entry(&self) -> ReserveEntry {
+        ReserveEntry {
+            uid: self.purchase.uid.clone(),
+            key: self.purchase.key,
+            quantity: self.purchase.quantity,
+            center: self.home.number,
+            traceparent: self.purchase.traceparent.clone(),
+        }
+    }
+
+    fn accept(self, order_id: OrderId, replayed: bool) {
+        let home_center = self.home.center.clone();
+        self.settle(Ok(Accepted { order_id, replayed, home_center }));
+    }
+
+    /// Answers that it was not accepted, or, where an attempt may have been, that nobody knows.
+    fn refuse(mut self, error: PurchaseError) {
+        let error = self.doubt.take().unwrap_or(error);
+        self.settle(Err(error));
+    }
+
+    /// The client may be gone; then the ledger is what remembers.
+    fn settle(self, answer: Result<Accepted, PurchaseError>) {
+        let _ = self.answer.send(answer);
     }
 }
 
@@ -80,14 +99,12 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    #[expect(clippy::too_many_arguments, reason = "the parts of the inventory, put together in one place")]
+    /// Starts the lanes, each with a route of its own.
     pub(super) fn start(
-        target: &Target,
         config: &InventoryConfig,
-        authority: &Authority,
         topology: &TopologyHandle,
-        sold_out: &Arc<SoldOut>,
         metrics: &Arc<InventoryMetrics>,
+        mut route: impl FnMut() -> Route,
         tracker: &TaskTracker,
         (stop, fatal): (&CancellationToken, &CancellationToken),
     ) -> Lanes {
@@ -95,12 +112,10 @@ impl Lanes {
             .map(|_| {
                 let (sender, queue) = mpsc::channel(config.queue_len);
                 let lane = Lane {
-                    target: target.clone(),
-                    conn: None,
-                    authority: authority.clone(),
-                    sold_out: Arc::clone(sold_out),
+                    route: route(),
                     metrics: Arc::clone(metrics),
                     max_batch: config.max_batch.clamp(1, MAX_BATCH),
+                    pending: JoinSet::new(),
                 };
                 essential("lane", tracker, fatal, lane.run(queue, stop.clone()));
                 sender
@@ -119,8 +134,8 @@ impl Lanes {
         let home = self.home_of(&purchase)?;
         let (answer, outcome) = oneshot::channel();
         let lane = self.lane_of(&purchase);
-        let waiting =
-            Waiting { purchase, home, deadline: Instant::now() + self.deadline, in_doubt: false, answer };
+        let deadline = Instant::now() + self.deadline;
+        let waiting = Waiting { purchase, home, deadline, held: None, doubt: None, answer };
         match lane.try_send(waiting) {
             Ok(()) => {}
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -155,29 +170,38 @@ impl Lanes {
 }
 
 struct Lane {
-    target: Target,
-    conn: Option<MultiplexedConnection>,
-    authority: Authority,
-    sold_out: Arc<SoldOut>,
+    route: Route,
     metrics: Arc<InventoryMetrics>,
     max_batch: usize,
+    /// Attempts that go on beside the lane. Each gives back what has to be attempted again.
+    pending: JoinSet<Vec<Waiting>>,
 }
 
 impl Lane {
     /// Serves the queue until every sender is gone, or `stop` was called and what waits has been answered.
     async fn run(mut self, mut queue: mpsc::Receiver<Waiting>, stop: CancellationToken) {
         let mut batch = Vec::with_capacity(self.max_batch);
+        let (mut stopping, mut drained) = (false, false);
         loop {
-            let taken = tokio::select! {
-                biased;
-                taken = queue.recv_many(&mut batch, self.max_batch) => taken,
-                () = stop.cancelled() => {
-                    queue.close();
-                    queue.recv_many(&mut batch, self.max_batch).await
-                }
-            };
-            if taken == 0 {
+            if drained && self.pending.is_empty() {
                 return;
+            }
+            tokio::select! {
+                biased;
+                Some(ended) = self.pending.join_next() => match ended {
+                    Ok(undecided) => batch = undecided,
+                    // Nobody aborts attempts: it is a panic, and a lane does not outlive those of its parts.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                },
+                taken = queue.recv_many(&mut batch, self.max_batch),
+                    if !drained && self.pending.len() < MAX_PENDING => drained = taken == 0,
+                () = stop.cancelled(), if !stopping => {
+                    stopping = true;
+                    queue.close();
+                }
+            }
+            if batch.is_empty() {
+                continue;
             }
             self.gather(&mut queue, &mut batch).await;
             self.metrics.waiting.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
@@ -207,105 +231,27 @@ impl Lane {
         }
     }
 
-    /// Decides purchases of one sale, all of them: at the latest when their deadlines have passed.
+    /// Has purchases of one sale decided, until none is left: at the latest when their deadlines have passed, or
+    /// when an attempt goes on by itself.
     async fn decide(&mut self, batch: &mut Vec<Waiting>) {
         loop {
             self.drop_late(batch);
             let Some(first) = batch.first() else { return };
             let sale = first.purchase.sale_id.clone();
-            let fence = match self.authority.grant() {
-                Ok(grant) => grant.fence.clone(),
-                Err(refusal) if refusal.cause.needs_somebody() => {
-                    answer_all(batch, &PurchaseError::NoAuthority(refusal.reason));
-                    return;
-                }
-                Err(refusal) => {
-                    self.hold(batch, &PurchaseError::NoAuthority(refusal.reason)).await;
-                    continue;
-                }
-            };
-            match self.call(&fence, &sale, batch).await {
-                Ok(reply) => return self.answer(&fence, &sale, batch, reply),
-                Err(Error::Full) => {
-                    answer_all(batch, &PurchaseError::LedgerFull);
-                    return;
-                }
-                Err(error) => {
-                    self.conn = None;
-                    self.authority.suspect();
-                    if error.executed() == Executed::Unknown {
-                        self.metrics.unknown.inc();
-                        batch.iter_mut().for_each(|waiting| waiting.in_doubt = true);
+            let entries = batch.iter().map(Waiting::entry).collect();
+            match self.route.attempt(&sale, entries).await {
+                Attempt::Done(verdicts) => {
+                    answer(batch, verdicts);
+                    if batch.is_empty() {
+                        return;
                     }
-                    tracing::debug!(%error, %sale, entries = batch.len(), "a batch was not decided and is sent again");
-                    let late = PurchaseError::MasterUnreachable { executed: error.executed() };
-                    self.hold(batch, &late).await;
+                    hold(batch).await;
+                }
+                Attempt::Pending(rest) => {
+                    self.pending.spawn(see_through(std::mem::take(batch), rest));
+                    return;
                 }
             }
-        }
-    }
-
-    async fn call(&mut self, fence: &Fence, sale: &SaleId, batch: &[Waiting]) -> Result<ReserveReply, Error> {
-        let mut conn = match self.conn.take() {
-            Some(conn) => conn,
-            None => self.target.connect().await.map_err(not_sent)?,
-        };
-        let entries: Vec<ReserveEntry> = batch
-            .iter()
-            .map(|waiting| ReserveEntry {
-                uid: waiting.purchase.uid.clone(),
-                key: waiting.purchase.key,
-                quantity: waiting.purchase.quantity,
-                center: waiting.home.number,
-                traceparent: waiting.purchase.traceparent.clone(),
-            })
-            .collect();
-        self.metrics.batches.inc();
-        self.metrics.batched.inc_by(entries.len() as u64);
-        let reply = reserve(&mut conn, fence, PARTITION, sale, &entries).await?;
-        self.conn = Some(conn);
-        Ok(reply)
-    }
-
-    /// Answers a decided batch. The authority is asked again (A2): an acceptance under an authority that has
-    /// ended meanwhile may not be the truth any more.
-    fn answer(&self, fence: &Fence, sale: &SaleId, batch: &mut Vec<Waiting>, reply: ReserveReply) {
-        let still = self.authority.grant().is_ok_and(|now| now.fence.epoch == fence.epoch);
-        let mut sold_out = false;
-        for (waiting, outcome) in batch.drain(..).zip(reply.outcomes) {
-            sold_out |= outcome == ReserveOutcome::SoldOut;
-            let answer = match outcome {
-                ReserveOutcome::Accepted(_) | ReserveOutcome::Replay(_) if !still => {
-                    Err(PurchaseError::MasterUnreachable { executed: Executed::Unknown })
-                }
-                ReserveOutcome::Accepted(order_id) => {
-                    Ok(Accepted { order_id, replayed: false, home_center: waiting.home.center })
-                }
-                ReserveOutcome::Replay(order_id) => Ok(Accepted {
-                    order_id,
-                    // An attempt of ours whose reply was lost is no replay to the client.
-                    replayed: !waiting.in_doubt,
-                    home_center: waiting.home.center,
-                }),
-                ReserveOutcome::KeyReused => Err(PurchaseError::KeyReused),
-                ReserveOutcome::NotFound => Err(PurchaseError::SaleNotFound),
-                ReserveOutcome::Paused => Err(PurchaseError::Paused),
-                ReserveOutcome::NotStarted { starts_at } => Err(PurchaseError::NotStarted {
-                    starts_at,
-                    retry_after_s: starts_at.since_ms(reply.now).div_ceil(1000).max(1),
-                }),
-                ReserveOutcome::Ended => Err(PurchaseError::Ended),
-                ReserveOutcome::Limit => Err(PurchaseError::LimitExceeded),
-                ReserveOutcome::SoldOut => Err(PurchaseError::SoldOut),
-                ReserveOutcome::Insufficient { remaining } => {
-                    Err(PurchaseError::InsufficientStock { remaining })
-                }
-            };
-            // The client may be gone; the ledger knows.
-            let _ = waiting.answer.send(answer);
-        }
-        if sold_out {
-            self.sold_out.observe(sale, reply.mark);
         }
     }
 
@@ -319,26 +265,65 @@ impl Lane {
         *batch = on_time;
         let late: Vec<Waiting> = late;
         self.metrics.overloaded.inc_by(late.len() as u64);
-        late.into_iter().for_each(|waiting| waiting.refuse(&PurchaseError::Overloaded));
-    }
-
-    /// Keeps purchases that cannot be decided now until something may have changed. Those whose deadline passes
-    /// meanwhile hear why.
-    async fn hold(&self, batch: &mut Vec<Waiting>, why: &PurchaseError) {
-        tokio::time::sleep(RETRY_PAUSE).await;
-        let now = Instant::now();
-        let (late, on_time): (Vec<Waiting>, Vec<Waiting>) =
-            batch.drain(..).partition(|waiting| waiting.deadline <= now);
-        *batch = on_time;
-        late.into_iter().for_each(|waiting| waiting.refuse(why));
+        late.into_iter().for_each(|waiting| waiting.refuse(PurchaseError::Overloaded));
     }
 }
 
-/// A connection that could not be opened carried nothing, whatever went wrong.
-fn not_sent(error: Error) -> Error {
-    match error.executed() {
-        Executed::No => error,
-        Executed::Unknown => Error::Rejected(error.to_string()),
+/// Waits for the end of an attempt. Whatever reaches its deadline before is answered then: it was sent, so
+/// nobody knows. Gives back what has to be attempted again.
+async fn see_through(mut batch: Vec<Waiting>, mut rest: BoxFuture<'static, Vec<Verdict>>) -> Vec<Waiting> {
+    let deadline = batch.iter().map(|waiting| waiting.deadline).max().unwrap_or_else(Instant::now);
+    match tokio::time::timeout_at(deadline, &mut rest).await {
+        Ok(verdicts) => {
+            answer(&mut batch, verdicts);
+            if !batch.is_empty() {
+                hold(&mut batch).await;
+            }
+            batch
+        }
+        Err(_) => {
+            let unknown = PurchaseError::MasterUnreachable { executed: Executed::Unknown };
+            batch.into_iter().for_each(|waiting| waiting.refuse(unknown.clone()));
+            Vec::new()
+        }
+    }
+}
+
+/// Answers what was decided; the others stay, with what they are answered should their deadline pass.
+fn answer(batch: &mut Vec<Waiting>, verdicts: Vec<Verdict>) {
+    debug_assert_eq!(batch.len(), verdicts.len(), "a verdict for each purchase");
+    let mut undecided = Vec::new();
+    for (mut waiting, verdict) in batch.drain(..).zip(verdicts) {
+        match verdict {
+            Verdict::Accepted(order_id) => waiting.accept(order_id, false),
+            // An attempt of ours whose reply was lost is no replay to the client.
+            Verdict::Replay(order_id) => {
+                let replayed = waiting.doubt.is_none();
+                waiting.accept(order_id, replayed);
+            }
+            Verdict::Refused(error) => waiting.settle(Err(error)),
+            Verdict::GivenUp(error) => waiting.refuse(error),
+            Verdict::NotExecuted(error) => {
+                waiting.held = Some(error);
+                undecided.push(waiting);
+            }
+            Verdict::Unknown(error) => {
+                waiting.doubt = Some(error);
+                undecided.push(waiting);
+            }
+        }
+    }
+    *batch = undecided;
+}
+
+/// Keeps purchases that cannot be decided now until something may have changed. Those whose deadline passes
+/// meanwhile hear why.
+async fn hold(batch: &mut Vec<Waiting>) {
+    tokio::time::sleep(RETRY_PAUSE).await;
+    let now = Instant::now();
+    for waiting in batch.extract_if(.., |waiting| waiting.deadline <= now) {
+        let why = waiting.held.clone().unwrap_or(PurchaseError::Overloaded);
+        waiting.refuse(why);
     }
 }
 
@@ -357,8 +342,4 @@ fn by_sale(batch: impl Iterator<Item = Waiting>) -> Vec<Vec<Waiting>> {
         sales[at].push(waiting);
     }
     sales
-}
-
-fn answer_all(batch: &mut Vec<Waiting>, error: &PurchaseError) {
-    batch.drain(..).for_each(|waiting| waiting.refuse(error));
 }

@@ -7,7 +7,9 @@
 mod connection;
 mod error;
 mod lane;
+mod local;
 mod metrics;
+mod route;
 mod sales;
 mod snapshot;
 mod sold_out;
@@ -115,16 +117,17 @@ impl Inventory {
             tracker,
             (stop, fatal),
         );
-        let lanes = lane::Lanes::start(
-            &target,
-            parts.inventory,
-            &parts.authority,
-            &parts.topology,
-            &sold_out,
-            &metrics,
-            tracker,
-            (stop, fatal),
-        );
+        let route = || route::Route {
+            authority: parts.authority.clone(),
+            local: local::Local::new(
+                target.clone(),
+                parts.authority.clone(),
+                Arc::clone(&sold_out),
+                Arc::clone(&metrics),
+            ),
+        };
+        let lanes =
+            lane::Lanes::start(parts.inventory, &parts.topology, &metrics, route, tracker, (stop, fatal));
         Ok(Inventory(Arc::new(Inner {
             lanes,
             sold_out,
