@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use seckill::orders::{OrderStore, StoreOptions};
+use seckill::orders::{OrderStore, StoreBatch, StoreOptions};
 use seckill_domain::{
     CenterId, CenterNumber, Clock, Epoch, OrderId, OrderRecord, OutboxId, Quantity, SaleId, SaleTerms,
     SystemClock, Uid,
@@ -65,13 +65,13 @@ async fn measure(orders: usize, batch: usize) -> Result<()> {
     let mut pages = pages.into_iter();
     let mut from = OutboxId::ZERO;
     let mut to = OutboxId { epoch: 1, seq: 1 };
-    store.store(0, from, to, pages.next().context("a page")?, Vec::new()).await?;
+    store.store(StoreBatch::outbox(0, from, to, pages.next().context("a page")?)).await?;
     let (begin, user, system) = (Instant::now(), cpu_us(13)?, cpu_us(14)?);
     let mut stored = 0;
     for page in pages {
         from = to;
         to.seq += 1;
-        stored += store.store(0, from, to, page, Vec::new()).await?.stored;
+        stored += store.store(StoreBatch::outbox(0, from, to, page)).await?.stored;
     }
     let seconds = begin.elapsed().as_secs_f64();
     let (user, system) = (cpu_us(13)? - user, cpu_us(14)? - system);

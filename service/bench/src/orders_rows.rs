@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use seckill::orders::{OrderStore, StoreOptions};
+use seckill::orders::{OrderStore, StoreBatch, StoreOptions};
 use seckill_domain::{
     CenterId, CenterNumber, Clock, Epoch, OrderId, OrderRecord, OutboxId, Quantity, SaleId, SaleTerms,
     SystemClock, Uid,
@@ -44,7 +44,7 @@ pub(crate) async fn measure(scope: &Scope) -> anyhow::Result<Vec<Row>> {
         let count: usize = batches.iter().map(|(_, orders)| orders.len()).sum();
         let start = Instant::now();
         for (to, orders) in batches {
-            let outcome = store.store(0, position, to, orders, Vec::new()).await?;
+            let outcome = store.store(StoreBatch::outbox(0, position, to, orders)).await?;
             anyhow::ensure!(outcome.stored == BATCH, "{outcome:?}");
             position = to;
         }

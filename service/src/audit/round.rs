@@ -167,7 +167,7 @@ impl<C: ConnectionLike> Round<'_, C> {
         let mut count = page.items.len() as u64;
         let mut next = page.next;
         for entry in page.items {
-            let detail = format!("outbox entry {} was set aside: {}", entry.outbox_id, entry.reason);
+            let detail = format!("{} was set aside: {}", entry.origin, entry.reason);
             self.violations.push(Violation { code: "outbox_unreadable", detail, order_id: None });
         }
         while let Some(cursor) = next {

@@ -1,6 +1,8 @@
 //! What can go wrong with the order database.
 
-use seckill_domain::{InvalidId, InvalidMoney, OutboxId, Shard, UnknownState};
+use seckill_domain::{InvalidId, InvalidMoney, Shard, UnknownState};
+
+use super::batch::Place;
 
 /// A call to the order database that gave no answer to its question.
 #[derive(Debug, thiserror::Error)]
@@ -44,15 +46,15 @@ pub enum Error {
     /// The store is closing, or its writer is gone.
     #[error("the order store is closed")]
     Closed,
-    /// The outbox position was moved by somebody else (R2): read it again. Nothing was stored.
-    #[error("the outbox position of partition {partition} is {found}, not {expected}")]
+    /// A queue's position was moved by somebody else (R2): read it again. Nothing was stored.
+    #[error("{place} is stored up to {found}, not up to {expected}")]
     PositionMoved {
-        /// The partition.
-        partition: u8,
+        /// Whose position.
+        place: Place,
         /// What the caller took it to be.
-        expected: OutboxId,
+        expected: String,
         /// What it is.
-        found: OutboxId,
+        found: String,
     },
     /// The shard is not this center's (O1). Nothing was written.
     #[error("shard {0} is not owned by this center")]

@@ -7,6 +7,7 @@
 //! Everything that matters is decided by rows and in one transaction each, so every worker may die between any
 //! two lines, and may run twice at the same time.
 
+mod batch;
 mod error;
 mod expiry;
 mod metrics;
@@ -21,12 +22,12 @@ mod workers;
 #[cfg(test)]
 mod tests;
 
+pub use batch::{Advance, Origin, Place, StoreBatch, StoreOutcome, Unreadable};
 pub use error::Error;
 pub use metrics::OrderMetrics;
 pub use model::{
     AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, InvalidCursor, Order, OrderFilter, Page,
-    PayOutcome, Payment, PaymentId, Refund, Release, ReleaseReason, SaleCounts, StatusCounts, StoreOutcome,
-    Unreadable,
+    PayOutcome, Payment, PaymentId, Refund, Release, ReleaseReason, SaleCounts, StatusCounts,
 };
 pub use store::{AuditOrder, AuditRows, Counts, OrderStore, StoreOptions, UnreadableOrder};
 pub use updates::{Subscription, TooManySubscribers, Updates};

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use seckill_domain::{
-    CouponState, Currency, Millis, Money, OrderId, OrderStatus, OutboxId, Quantity, SaleId, SaleKind, Uid,
+    CouponState, Currency, Millis, Money, OrderId, OrderStatus, Quantity, SaleId, SaleKind, Uid,
 };
 use serde::{Deserialize, Serialize};
 
@@ -224,17 +224,6 @@ pub struct Refund {
     pub created_at: Millis,
 }
 
-/// What became of a batch of outbox entries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct StoreOutcome {
-    /// Orders that are new.
-    pub stored: u64,
-    /// Orders that were stored before.
-    pub duplicates: u64,
-    /// Orders of shards that another center owns.
-    pub foreign: u64,
-}
-
 /// What a round of expiry did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ExpireOutcome {
@@ -273,19 +262,6 @@ pub struct Release {
     pub uid: Uid,
     /// Of which sale.
     pub sale_id: SaleId,
-}
-
-/// An outbox entry that could not be stored, kept aside with the reason.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Unreadable {
-    /// The inventory partition.
-    pub partition: u8,
-    /// The entry.
-    pub outbox_id: OutboxId,
-    /// What is wrong with it.
-    pub reason: String,
-    /// Its raw content.
-    pub raw: String,
 }
 
 /// Orders and units in one state.

@@ -17,8 +17,8 @@ use seckill_ledger::roles::Role;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::batch::{Origin, StoreBatch, Unreadable};
 use super::error::Error;
-use super::model::Unreadable;
 use super::store::OrderStore;
 use super::workers::{Link, Streak, TailerStatus, WorkerOptions, pause, sleep};
 
@@ -208,8 +208,7 @@ impl Tailer {
                         "an outbox entry cannot be read and is set aside"
                     );
                     unreadable.push(Unreadable {
-                        partition: self.link.partition,
-                        outbox_id: to,
+                        origin: Origin::Outbox { partition: self.link.partition, id: to },
                         reason: bad.reason,
                         raw: bad.raw,
                     });
@@ -232,8 +231,11 @@ impl Tailer {
         orders: &mut Vec<OrderRecord>,
         unreadable: &mut Vec<Unreadable>,
     ) -> Result<(), Halt> {
-        let (orders, unreadable) = (std::mem::take(orders), std::mem::take(unreadable));
-        self.store.store(self.link.partition, *from, to, orders, unreadable).await?;
+        let batch = StoreBatch {
+            unreadable: std::mem::take(unreadable),
+            ..StoreBatch::outbox(self.link.partition, *from, to, std::mem::take(orders))
+        };
+        self.store.store(batch).await?;
         *from = to;
         Ok(())
     }

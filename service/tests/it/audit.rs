@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use redis::aio::MultiplexedConnection;
 use seckill::audit::{self, Report, Verdict};
-use seckill::orders::{OrderStore, StoreOptions};
+use seckill::orders::{OrderStore, StoreBatch, StoreOptions};
 use seckill_domain::{
     CenterId, CenterNumber, IdempotencyKey, OrderId, OutboxId, Quantity, SaleId, SaleSpec, Uid,
 };
@@ -125,7 +125,7 @@ async fn store_some(conn: &mut MultiplexedConnection, store: &OrderStore) -> boo
         })
         .flatten()
         .collect();
-    store.store(0, from, to, orders, Vec::new()).await.unwrap();
+    store.store(StoreBatch::outbox(0, from, to, orders)).await.unwrap();
     true
 }
 

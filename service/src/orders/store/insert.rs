@@ -11,9 +11,9 @@ use seckill_domain::{OrderId, OrderRecord, OrderStatus, OutboxId, SHARDS, SaleKi
 use sqlx::sqlite::SqliteConnection;
 use sqlx::{AssertSqlSafe, Row};
 
+use super::super::batch::{Advance, Origin, StoreBatch, StoreOutcome, Unreadable};
 use super::super::error::Error;
-use super::super::model::{StoreOutcome, Unreadable};
-use super::read::parse_outbox_id;
+use super::positions;
 use super::writer::{Hub, Tx, Write};
 
 /// Rows of one insert into the scratch table: as many as fit, then the rest by smaller ones.
@@ -23,14 +23,8 @@ const PLACES: i64 = 1 << 32;
 /// What is kept of the raw content of an entry that cannot be stored, bytes.
 const RAW_BYTES: usize = 256 * 1024;
 
-/// The orders of some outbox entries, and the position behind them.
-pub(super) struct Store {
-    pub(super) partition: u8,
-    pub(super) from: OutboxId,
-    pub(super) to: OutboxId,
-    pub(super) orders: Vec<OrderRecord>,
-    pub(super) unreadable: Vec<Unreadable>,
-}
+/// A batch of the queues.
+pub(super) struct Store(pub(super) StoreBatch);
 
 /// What was stored, and how many entries had to be set aside.
 pub(super) struct Stored {
@@ -42,26 +36,32 @@ impl Write for Store {
     type Output = Stored;
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Stored, Error> {
-        self.move_position(tx.conn).await?;
+        let batch = &self.0;
+        // First of all: whoever lost the race stores nothing (R2).
+        positions::advance(tx, &batch.advance).await?;
         let mut set_aside = 0;
-        for entry in &self.unreadable {
+        for entry in &batch.unreadable {
             set_aside += set_aside_entry(tx, entry).await?;
         }
+        for origin in &batch.settled {
+            settle(tx, *origin).await?;
+        }
         let orders: Vec<&OrderRecord> =
-            self.orders.iter().filter(|order| tx.owned.contains(order.order_id.table().shard())).collect();
-        let foreign = (self.orders.len() - orders.len()) as u64;
+            batch.orders.iter().filter(|order| tx.owned.contains(order.order_id.table().shard())).collect();
+        let foreign = (batch.orders.len() - orders.len()) as u64;
+        if foreign > 0 && !batch.passes_foreign() {
+            for order in &batch.orders {
+                tx.owned.check(order.order_id.table().shard())?;
+            }
+        }
         let stored = insert(tx, &orders).await?;
         let duplicates = orders.len() as u64 - stored;
         if duplicates > 0 {
             // Rare: somebody else's batch overlapped, or an id was given out twice.
             for order in &orders {
                 if let Some(reason) = collision(tx.conn, order).await? {
-                    let entry = Unreadable {
-                        partition: self.partition,
-                        outbox_id: self.to,
-                        reason,
-                        raw: format!("{} {} {}", order.order_id, order.sale_id, order.uid),
-                    };
+                    let raw = format!("{} {} {}", order.order_id, order.sale_id, order.uid);
+                    let entry = Unreadable { origin: batch.origin_of(order), reason, raw };
                     set_aside += set_aside_entry(tx, &entry).await?;
                 }
             }
@@ -73,59 +73,73 @@ impl Write for Store {
         hub.metrics.stored.inc_by(stored.outcome.stored);
         hub.metrics.duplicates.inc_by(stored.outcome.duplicates);
         hub.metrics.unreadable.inc_by(stored.set_aside);
-        hub.updates.notify(self.orders.iter().map(|order| order.order_id));
+        hub.updates.notify(self.0.orders.iter().map(|order| order.order_id));
     }
 }
 
-impl Store {
-    /// First of all: whoever lost the race stores nothing (R2).
-    async fn move_position(&self, conn: &mut SqliteConnection) -> Result<(), Error> {
-        if self.from == OutboxId::ZERO {
-            sqlx::query(
-                "INSERT INTO outbox_position (partition, position) VALUES (?, ?) ON CONFLICT DO NOTHING",
-            )
-            .bind(self.partition)
-            .bind(OutboxId::ZERO.to_string())
-            .execute(&mut *conn)
-            .await?;
-        }
-        let moved =
-            sqlx::query("UPDATE outbox_position SET position = ? WHERE partition = ? AND position = ?")
-                .bind(self.to.to_string())
-                .bind(self.partition)
-                .bind(self.from.to_string())
-                .execute(&mut *conn)
-                .await?;
-        if moved.rows_affected() == 1 {
-            return Ok(());
-        }
-        let found: Option<String> =
-            sqlx::query_scalar("SELECT position FROM outbox_position WHERE partition = ?")
-                .bind(self.partition)
-                .fetch_optional(conn)
-                .await?;
-        Err(Error::PositionMoved {
-            partition: self.partition,
-            expected: self.from,
-            found: found.map_or(Ok(OutboxId::ZERO), |text| parse_outbox_id(&text))?,
-        })
+impl StoreBatch {
+    /// Whether every order came from a queue that carries other centers' orders too.
+    fn passes_foreign(&self) -> bool {
+        !self.advance.is_empty()
+            && self.advance.iter().all(|advance| match advance {
+                Advance::Outbox { .. } => true,
+                Advance::Kafka { .. } => false,
+            })
+    }
+
+    /// Where an order came from, as far as the batch says: a place near it.
+    fn origin_of(&self, order: &OrderRecord) -> Origin {
+        let from = |advance: &Advance| match advance {
+            Advance::Outbox { partition, to, .. } if *partition == order.order_id.partition() => {
+                Some(Origin::Outbox { partition: *partition, id: *to })
+            }
+            Advance::Kafka { shard, to, .. } if *shard == order.order_id.table().shard() => {
+                Some(Origin::Kafka { shard: *shard, offset: to - 1 })
+            }
+            Advance::Outbox { .. } | Advance::Kafka { .. } => None,
+        };
+        self.advance
+            .iter()
+            .find_map(from)
+            .unwrap_or(Origin::Outbox { partition: order.order_id.partition(), id: OutboxId::ZERO })
     }
 }
 
 async fn set_aside_entry(tx: &mut Tx<'_>, entry: &Unreadable) -> Result<u64, Error> {
     let raw: String = entry.raw.chars().take(RAW_BYTES).collect();
+    let (queue, partition, place) = origin_columns(entry.origin);
     let done = sqlx::query(
-        "INSERT INTO unreadable (partition, outbox_id, reason, raw, created_at) VALUES (?, ?, ?, ?, ?)
+        "INSERT INTO unreadable (queue, partition, outbox_id, reason, raw, created_at) VALUES (?, ?, ?, ?, ?, ?)
          ON CONFLICT DO NOTHING",
     )
-    .bind(entry.partition)
-    .bind(entry.outbox_id.to_string())
+    .bind(queue)
+    .bind(partition)
+    .bind(place)
     .bind(&entry.reason)
     .bind(raw)
     .bind(tx.now.0)
     .execute(&mut *tx.conn)
     .await?;
     Ok(done.rows_affected())
+}
+
+async fn settle(tx: &mut Tx<'_>, origin: Origin) -> Result<(), Error> {
+    let (queue, partition, place) = origin_columns(origin);
+    sqlx::query("DELETE FROM unreadable WHERE queue = ? AND partition = ? AND outbox_id = ?")
+        .bind(queue)
+        .bind(partition)
+        .bind(place)
+        .execute(&mut *tx.conn)
+        .await?;
+    Ok(())
+}
+
+/// The columns `queue`, `partition` and `outbox_id`.
+fn origin_columns(origin: Origin) -> (&'static str, u8, String) {
+    match origin {
+        Origin::Outbox { partition, id } => ("outbox", partition, id.to_string()),
+        Origin::Kafka { shard, offset } => ("kafka", shard.number(), offset.to_string()),
+    }
 }
 
 /// Whether an order's id belongs to something else already.

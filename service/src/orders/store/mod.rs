@@ -3,6 +3,7 @@
 mod audit;
 mod insert;
 mod lifecycle;
+mod positions;
 mod queue;
 mod read;
 mod schema;
@@ -11,20 +12,20 @@ mod writer;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use seckill_domain::{
-    CenterId, Clock, Millis, OrderId, OrderRecord, OutboxId, SaleId, SystemClock, Table, Uid,
-};
+use seckill_domain::{CenterId, Clock, Millis, OrderId, OutboxId, SaleId, Shard, SystemClock, Table, Uid};
 use sqlx::sqlite::SqlitePool;
 use tokio::task::JoinHandle;
 
+use super::batch::{StoreBatch, StoreOutcome, Unreadable};
 use super::error::Error;
 use super::metrics::OrderMetrics;
 use super::model::{
     AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, Order, OrderFilter, Page, PayOutcome, Payment,
-    Refund, Release, SaleCounts, StoreOutcome, Unreadable,
+    Refund, Release, SaleCounts,
 };
 use super::updates::Updates;
 pub use audit::{AuditOrder, AuditRows, UnreadableOrder};
+use positions::Positions;
 use writer::{Hub, Writer};
 
 /// How the store is opened.
@@ -63,6 +64,7 @@ pub struct OrderStore {
 }
 
 struct Shared {
+    center: CenterId,
     // Taken out when the store is closed: the task ends when no sender is left.
     writer: Mutex<Option<Writer>>,
     task: Mutex<Option<JoinHandle<()>>>,
@@ -82,8 +84,9 @@ impl OrderStore {
         let readers = schema::connect_readers(&path, max_connections).await?;
         let updates = Updates::default();
         let hub = Hub { updates: updates.clone(), metrics: metrics.clone() };
-        let (writer, task) = Writer::start(conn, path, center, Arc::clone(&clock), hub);
+        let (writer, task) = Writer::start(conn, path, center.clone(), Arc::clone(&clock), hub);
         let shared = Shared {
+            center,
             writer: Mutex::new(Some(writer)),
             task: Mutex::new(Some(task)),
             clock,
@@ -125,24 +128,33 @@ impl OrderStore {
         self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).clone().ok_or(Error::Closed)
     }
 
-    /// Stores what the outbox entries after `from` up to `to` hold, and moves the position from `from` to `to`,
-    /// in one transaction (R2). Orders that are there already are counted and left as they are; entries that
-    /// cannot be read are set aside.
-    pub async fn store(
-        &self,
-        partition: u8,
-        from: OutboxId,
-        to: OutboxId,
-        orders: Vec<OrderRecord>,
-        unreadable: Vec<Unreadable>,
-    ) -> Result<StoreOutcome, Error> {
-        let store = insert::Store { partition, from, to, orders, unreadable };
-        Ok(self.writer()?.run_patiently(store).await?.outcome)
+    /// Stores a batch and moves the positions of the queues it came from, in one transaction (R2): it happens
+    /// as a whole, or, with [`Error::PositionMoved`] or any other error, not at all. Orders that are there already
+    /// are counted and left as they are; entries that cannot be read are set aside.
+    pub async fn store(&self, batch: StoreBatch) -> Result<StoreOutcome, Error> {
+        Ok(self.writer()?.run_patiently(insert::Store(batch)).await?.outcome)
     }
 
-    /// Up to where a partition's outbox is stored.
+    /// Up to where a partition's outbox is stored, for all shards of this center, whichever queue brought it.
     pub async fn position(&self, partition: u8) -> Result<OutboxId, Error> {
-        read::position(&self.readers, partition).await
+        Ok(self.positions().await?.stored(partition))
+    }
+
+    /// The highest outbox id of a partition that anything stored came with: a ledger that ends before it was rolled
+    /// back (F2).
+    pub async fn highest(&self, partition: u8) -> Result<OutboxId, Error> {
+        Ok(self.positions().await?.highest(partition))
+    }
+
+    async fn positions(&self) -> Result<Positions, Error> {
+        let mut conn = self.readers.acquire().await?;
+        Positions::read(&mut conn, &self.shared.center).await
+    }
+
+    /// For each of the 64 shards the offset of the next Kafka record to store; 0 before the first.
+    pub async fn kafka_offsets(&self) -> Result<Vec<(Shard, i64)>, Error> {
+        let mut conn = self.readers.acquire().await?;
+        positions::kafka_offsets(&mut conn).await
     }
 
     /// An order.
@@ -240,7 +252,9 @@ impl OrderStore {
     /// Notes where a partition's position is now, and returns where it was at `before` or the last note before
     /// that: what the outbox may be trimmed to.
     pub async fn mark_position(&self, partition: u8, before: Millis) -> Result<Option<OutboxId>, Error> {
-        self.writer()?.run_patiently(queue::Mark { partition, before }).await
+        self.writer()?
+            .run_patiently(queue::Mark { partition, before, center: self.shared.center.clone() })
+            .await
     }
 
     /// Asks for the release of every cancelled and expired order of a sale again: a ledger that was adopted may
@@ -257,7 +271,7 @@ impl OrderStore {
     /// Orders and units of every sale (or of one) by state, and the outbox positions that they stand for, all
     /// from one moment.
     pub async fn counts(&self, sale_id: Option<&SaleId>) -> Result<Counts, Error> {
-        read::counts(&self.readers, sale_id).await
+        read::counts(&self.readers, &self.shared.center, sale_id).await
     }
 
     /// Some orders of a sale, in a stable order of no meaning; start with `None`, go on with `next`.

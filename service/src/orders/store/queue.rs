@@ -1,11 +1,11 @@
 //! The queue of releases (units of closed orders on their way back to the ledger) and the marks by which the
 //! outbox is trimmed.
 
-use seckill_domain::{Millis, OrderId, OutboxId, SaleId, Table};
+use seckill_domain::{CenterId, Millis, OrderId, OutboxId, SaleId, Table};
 use sqlx::AssertSqlSafe;
 
 use super::super::error::Error;
-use super::read::parse_outbox_id;
+use super::positions::Positions;
 use super::writer::{Hub, Tx, Write};
 
 /// Forgets releases that the ledger answered.
@@ -74,6 +74,7 @@ impl Write for Requeue {
 pub(super) struct Mark {
     pub(super) partition: u8,
     pub(super) before: Millis,
+    pub(super) center: CenterId,
 }
 
 impl Write for Mark {
@@ -81,15 +82,18 @@ impl Write for Mark {
     type Output = Option<OutboxId>;
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Option<OutboxId>, Error> {
-        sqlx::query(
-            "INSERT INTO outbox_marks (partition, at, position)
-             SELECT partition, ?, position FROM outbox_position WHERE partition = ?
-             ON CONFLICT (partition, at) DO UPDATE SET position = excluded.position",
-        )
-        .bind(tx.now.0)
-        .bind(self.partition)
-        .execute(&mut *tx.conn)
-        .await?;
+        let position = Positions::read(tx.conn, &self.center).await?.stored(self.partition);
+        if position > OutboxId::ZERO {
+            sqlx::query(
+                "INSERT INTO outbox_marks (partition, at, position) VALUES (?, ?, ?)
+                 ON CONFLICT (partition, at) DO UPDATE SET position = excluded.position",
+            )
+            .bind(self.partition)
+            .bind(tx.now.0)
+            .bind(position.to_string())
+            .execute(&mut *tx.conn)
+            .await?;
+        }
         let newest: Option<(i64, String)> = sqlx::query_as(
             "SELECT at, position FROM outbox_marks WHERE partition = ? AND at <= ? ORDER BY at DESC LIMIT 1",
         )
@@ -103,7 +107,7 @@ impl Write for Mark {
             .bind(at)
             .execute(&mut *tx.conn)
             .await?;
-        parse_outbox_id(&position).map(Some)
+        Ok(Some(position.parse()?))
     }
 
     fn committed(&self, _newest: &Option<OutboxId>, _hub: &Hub) {}

@@ -3,18 +3,19 @@
 use std::collections::BTreeMap;
 
 use seckill_domain::{
-    CouponState, Currency, Millis, Money, OrderId, OrderStatus, OutboxId, Quantity, SHARDS, SaleId, SaleKind,
+    CenterId, CouponState, Currency, Millis, Money, OrderId, OrderStatus, Quantity, SHARDS, SaleId, SaleKind,
     Shard, TABLES, Table, Uid,
 };
 use sqlx::sqlite::{SqliteConnection, SqlitePool, SqliteRow};
 use sqlx::{AssertSqlSafe, Connection, Row};
 
+use super::super::batch::{Origin, Unreadable};
 use super::super::error::Error;
 use super::super::model::{
     AdminOrder, Coupon, Cursor, Order, OrderFilter, Page, PaymentId, Refund, Release, StatusCounts,
-    Unreadable,
 };
 use super::Counts;
+use super::positions::Positions;
 
 /// Rows of one page at most, whatever was asked for.
 const MAX_PAGE: u32 = 1000;
@@ -27,14 +28,6 @@ const ADMIN_ORDER: &str = "order_id, uid, sale_id, kind, quantity, unit_price, c
 const COUPON: &str =
     "coupon_id, uid, sale_id, discount, min_amount, currency, valid_until, state, created_at, redeemed_by";
 const REFUND: &str = "id, payment_id, order_id, uid, sale_id, amount, currency, order_status, created_at";
-
-pub(super) async fn position(pool: &SqlitePool, partition: u8) -> Result<OutboxId, Error> {
-    let text: Option<String> = sqlx::query_scalar("SELECT position FROM outbox_position WHERE partition = ?")
-        .bind(partition)
-        .fetch_optional(pool)
-        .await?;
-    text.map_or(Ok(OutboxId::ZERO), |text| parse_outbox_id(&text))
-}
 
 pub(super) async fn order(pool: &SqlitePool, order_id: OrderId) -> Result<Option<Order>, Error> {
     let table = order_id.table();
@@ -217,7 +210,7 @@ pub(super) async fn unreadable(
 ) -> Result<Page<Unreadable>, Error> {
     let before = cursor.map_or(i64::MAX, |cursor| cursor.at);
     let rows = sqlx::query(
-        "SELECT id, partition, outbox_id, reason, raw FROM unreadable WHERE id < ? ORDER BY id DESC LIMIT ?",
+        "SELECT id, queue, partition, outbox_id, reason, raw FROM unreadable WHERE id < ? ORDER BY id DESC LIMIT ?",
     )
     .bind(before)
     .bind(one_more(limit))
@@ -225,12 +218,17 @@ pub(super) async fn unreadable(
     .await?;
     let limit = bounded(limit) as usize;
     let read = |row: &SqliteRow| -> Result<Unreadable, Error> {
-        Ok(Unreadable {
-            partition: row.try_get(1)?,
-            outbox_id: parse_outbox_id(row.try_get(2)?)?,
-            reason: row.try_get(3)?,
-            raw: row.try_get(4)?,
-        })
+        let partition: u8 = row.try_get(2)?;
+        let place: &str = row.try_get(3)?;
+        let origin = match row.try_get(1)? {
+            "outbox" => Origin::Outbox { partition, id: place.parse()? },
+            "kafka" => Origin::Kafka {
+                shard: Shard::new(partition).ok_or_else(|| Error::Row(format!("shard {partition}")))?,
+                offset: place.parse().map_err(|_| Error::Row(format!("offset {place:?}")))?,
+            },
+            other => return Err(Error::Row(format!("queue {other:?}"))),
+        };
+        Ok(Unreadable { origin, reason: row.try_get(4)?, raw: row.try_get(5)? })
     };
     let items = rows.iter().take(limit).map(read).collect::<Result<_, _>>()?;
     Ok(Page { items, next: next_by_id(&rows, limit)? })
@@ -285,16 +283,15 @@ pub(super) async fn next_due(pool: &SqlitePool, after: Option<Millis>) -> Result
 }
 
 /// Everything from one moment: one read transaction.
-pub(super) async fn counts(pool: &SqlitePool, sale_id: Option<&SaleId>) -> Result<Counts, Error> {
+pub(super) async fn counts(
+    pool: &SqlitePool,
+    center: &CenterId,
+    sale_id: Option<&SaleId>,
+) -> Result<Counts, Error> {
     let mut conn = pool.acquire().await?;
     let mut tx = conn.begin().await?;
     let mut counts = Counts::default();
-    for row in sqlx::query("SELECT partition, position FROM outbox_position ORDER BY partition")
-        .fetch_all(&mut *tx)
-        .await?
-    {
-        counts.positions.push((row.try_get(0)?, parse_outbox_id(row.try_get(1)?)?));
-    }
+    counts.positions = Positions::read(&mut tx, center).await?.all();
     counts.unreadable =
         count(sqlx::query_scalar("SELECT COUNT(*) FROM unreadable").fetch_one(&mut *tx).await?);
     let filter = if sale_id.is_some() { "WHERE sale_id = ?1" } else { "" };
@@ -435,10 +432,6 @@ pub(super) fn refund_from(row: &SqliteRow) -> Result<Refund, Error> {
         order_status: row.try_get::<&str, _>(7)?.parse::<OrderStatus>()?,
         created_at: Millis(row.try_get(8)?),
     })
-}
-
-pub(super) fn parse_outbox_id(text: &str) -> Result<OutboxId, Error> {
-    Ok(text.parse()?)
 }
 
 pub(super) fn parse_order_id(text: &str) -> Result<OrderId, Error> {

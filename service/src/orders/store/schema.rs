@@ -16,7 +16,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
 use super::super::error::Error;
 
 /// Version of the tables that this release reads and writes.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
 /// Half of SQLite's default: a batch touches a page in each of some hundred tables, and writes whole pages.
 const PAGE_BYTES: u32 = 2048;
 /// How long a connection waits for another one's lock: somebody may have the file open in a shell.
@@ -112,8 +112,11 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, center: &CenterId) -> R
                 .execute(&mut *tx)
                 .await?;
         }
-        sqlx::raw_sql("PRAGMA user_version = 1").execute(&mut *tx).await?;
     }
+    if found < 2 {
+        sqlx::raw_sql(AssertSqlSafe(version_2())).execute(&mut *tx).await?;
+    }
+    sqlx::raw_sql(AssertSqlSafe(format!("PRAGMA user_version = {SCHEMA}"))).execute(&mut *tx).await?;
     let owner =
         sqlx::query("SELECT owner, COUNT(*) FROM shard_owner GROUP BY owner ORDER BY owner = ? DESC LIMIT 1")
             .bind(center.as_str())
@@ -215,6 +218,21 @@ fn version_1() -> String {
            created_at INTEGER NOT NULL,
            UNIQUE (partition, outbox_id, reason));\n",
     );
+    sql
+}
+
+/// Positions of the other queue.
+fn version_2() -> String {
+    let mut sql = "CREATE TABLE kafka_offsets (shard INTEGER NOT NULL PRIMARY KEY, next_offset INTEGER NOT NULL);
+         -- Up to which outbox entry each shard is stored, as the records and marks in its Kafka partition say.
+         CREATE TABLE kafka_marks (
+           shard INTEGER NOT NULL, partition INTEGER NOT NULL, position TEXT NOT NULL,
+           PRIMARY KEY (shard, partition)) WITHOUT ROWID;
+         ALTER TABLE unreadable ADD COLUMN queue TEXT NOT NULL DEFAULT 'outbox';\n"
+        .to_owned();
+    for shard in Shard::all() {
+        sql.push_str(&format!("INSERT INTO kafka_offsets VALUES ({}, 0);\n", shard.number()));
+    }
     sql
 }
 

@@ -13,7 +13,7 @@ use seckill_domain::{
 };
 use tempfile::TempDir;
 
-use super::{OrderStore, Payment, PaymentId, StoreOptions, StoreOutcome};
+use super::{OrderStore, Payment, PaymentId, StoreBatch, StoreOptions, StoreOutcome};
 
 const START: Millis = Millis(1_750_000_000_000);
 
@@ -53,7 +53,18 @@ impl Fixture {
     async fn put(&mut self, orders: &[OrderRecord]) -> StoreOutcome {
         let from = at(self.seq);
         self.seq += 1;
-        self.store.store(0, from, at(self.seq), orders.to_vec(), Vec::new()).await.unwrap()
+        self.store.store(StoreBatch::outbox(0, from, at(self.seq), orders.to_vec())).await.unwrap()
+    }
+
+    /// Hands a shard over to center `b`.
+    async fn give_away(&self, shard: seckill_domain::Shard) {
+        let pool = sqlx::SqlitePool::connect(&self.url()).await.unwrap();
+        sqlx::query("UPDATE shard_owner SET owner = 'b', epoch = 2 WHERE shard = ?")
+            .bind(shard.number())
+            .execute(&pool)
+            .await
+            .unwrap();
+        pool.close().await;
     }
 
     fn now(&self) -> Millis {

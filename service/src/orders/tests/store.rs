@@ -1,7 +1,7 @@
-use seckill_domain::{CouponState, Money, OrderStatus, OutboxId, Quantity, TABLES};
+use seckill_domain::{CouponState, Money, OrderStatus, OutboxId, Quantity, Shard, TABLES};
 
 use super::*;
-use crate::orders::{Error, OrderFilter, Unreadable};
+use crate::orders::{Advance, Error, OrderFilter, Origin, Place, Unreadable};
 
 #[tokio::test]
 async fn what_is_stored_survives_and_is_stored_once() {
@@ -64,14 +64,14 @@ async fn a_position_moves_once_and_takes_its_orders_with_it() {
     let terms = product(1, 900);
     fixture.put(&[order("bob", 1, &terms)]).await;
     let late = [order("bob", 2, &terms)];
-    let lost = fixture.store.store(0, at(0), at(1), late.to_vec(), Vec::new()).await;
+    let lost = fixture.store.store(StoreBatch::outbox(0, at(0), at(1), late.to_vec())).await;
     assert!(
-        matches!(lost, Err(Error::PositionMoved { partition: 0, expected: OutboxId::ZERO, found }) if found == at(1)),
+        matches!(&lost, Err(Error::PositionMoved { place: Place::Outbox(0), found, .. }) if *found == at(1).to_string()),
         "{lost:?}"
     );
     assert_eq!(fixture.store.order(late[0].order_id).await.unwrap(), None);
     // Partitions know nothing of each other.
-    fixture.store.store(1, at(0), at(7), late.to_vec(), Vec::new()).await.unwrap();
+    fixture.store.store(StoreBatch::outbox(1, at(0), at(7), late.to_vec())).await.unwrap();
     assert_eq!(fixture.store.position(0).await.unwrap(), at(1));
     assert_eq!(fixture.store.position(1).await.unwrap(), at(7));
 }
@@ -92,7 +92,7 @@ async fn two_stores_on_one_file_store_each_entry_once() {
                 }
                 let seq = from.seq + 1;
                 let orders = vec![order(&format!("u{seq}"), seq, &terms)];
-                match store.store(0, from, at(seq), orders, Vec::new()).await {
+                match store.store(StoreBatch::outbox(0, from, at(seq), orders)).await {
                     Ok(outcome) => stored += outcome.stored,
                     Err(Error::PositionMoved { .. }) => {}
                     Err(error) => panic!("{error}"),
@@ -190,13 +190,16 @@ async fn a_walk_over_all_orders_sees_each_once() {
 async fn an_unreadable_entry_is_set_aside_and_blocks_nothing() {
     let fixture = Fixture::new().await;
     let bad = Unreadable {
-        partition: 0,
-        outbox_id: at(1),
+        origin: Origin::Outbox { partition: 0, id: at(1) },
         reason: "kind \"later\"".to_owned(),
         raw: "v=2".to_owned(),
     };
     let good = order("bob", 2, &product(1, 900));
-    let stored = fixture.store.store(0, at(0), at(2), vec![good.clone()], vec![bad.clone()]).await.unwrap();
+    let batch = StoreBatch {
+        unreadable: vec![bad.clone()],
+        ..StoreBatch::outbox(0, at(0), at(2), vec![good.clone()])
+    };
+    let stored = fixture.store.store(batch).await.unwrap();
     assert_eq!(stored.stored, 1);
     assert_eq!(fixture.store.unreadable(10, None).await.unwrap().items, [bad]);
     assert_eq!(fixture.store.counts(None).await.unwrap().unreadable, 1);
@@ -246,13 +249,7 @@ async fn a_shard_of_another_center_is_left_alone() {
     let (bob, eve) = (order("bob", 1, &terms), order("eve", 2, &terms));
     assert_ne!(bob.uid.table().shard(), eve.uid.table().shard());
     fixture.put(std::slice::from_ref(&bob)).await;
-    let pool = sqlx::SqlitePool::connect(&fixture.url()).await.unwrap();
-    sqlx::query("UPDATE shard_owner SET owner = 'b', epoch = 2 WHERE shard = ?")
-        .bind(bob.uid.table().shard().number())
-        .execute(&pool)
-        .await
-        .unwrap();
-    pool.close().await;
+    fixture.give_away(bob.uid.table().shard()).await;
     let late = order("bob", 3, &terms);
     assert_eq!(
         fixture.put(&[late.clone(), eve]).await,
@@ -285,4 +282,88 @@ async fn a_closed_store_says_so() {
     fixture.store.close().await;
     assert!(matches!(fixture.store.pay(payment(&record, "p", 1)).await, Err(Error::Closed)));
     assert!(matches!(fixture.store.order(record.order_id).await, Err(Error::Closed)));
+}
+
+/// A batch of one shard's Kafka partition.
+fn records(shard: Shard, from: i64, to: i64, mark: u64, orders: Vec<OrderRecord>) -> StoreBatch {
+    let advance = vec![Advance::Kafka { shard, from, to, outbox: vec![(0, at(mark))] }];
+    StoreBatch { advance, orders, ..StoreBatch::default() }
+}
+
+#[tokio::test]
+async fn an_offset_moves_once_and_takes_its_orders_with_it() {
+    let fixture = Fixture::new().await;
+    let terms = product(1, 900);
+    let [first, late] = [1, 2].map(|seq| order("bob", seq, &terms));
+    let shard = first.uid.table().shard();
+    assert!(fixture.store.kafka_offsets().await.unwrap().iter().all(|(_, offset)| *offset == 0));
+    fixture.store.store(records(shard, 0, 4, 9, vec![first])).await.unwrap();
+    let lost = fixture.store.store(records(shard, 0, 5, 9, vec![late.clone()])).await;
+    assert!(
+        matches!(&lost, Err(Error::PositionMoved { place, found, .. }) if *place == Place::Kafka(shard) && found == "4"),
+        "{lost:?}"
+    );
+    assert_eq!(fixture.store.order(late.order_id).await.unwrap(), None);
+    assert!(fixture.store.kafka_offsets().await.unwrap().contains(&(shard, 4)));
+    // Several steps happen together or not at all.
+    let other = Shard::new((shard.number() + 1) % 64).unwrap();
+    let mut both = records(shard, 4, 5, 10, vec![late.clone()]);
+    both.advance.extend(records(other, 7, 8, 10, Vec::new()).advance);
+    assert!(fixture.store.store(both).await.is_err());
+    assert!(fixture.store.kafka_offsets().await.unwrap().contains(&(shard, 4)));
+    assert_eq!(fixture.store.order(late.order_id).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn with_kafka_a_partition_is_stored_as_far_as_its_slowest_shard() {
+    let fixture = Fixture::new().await;
+    let mark = async |shard: u8, from: i64, mark: u64| {
+        let shard = Shard::new(shard).unwrap();
+        fixture.store.store(records(shard, from, from + 1, mark, Vec::new())).await.unwrap();
+    };
+    for shard in 0..63 {
+        mark(shard, 0, 20 + u64::from(shard)).await;
+    }
+    assert_eq!(fixture.store.position(0).await.unwrap(), OutboxId::ZERO);
+    assert_eq!(fixture.store.highest(0).await.unwrap(), at(82));
+    mark(63, 0, 5).await;
+    assert_eq!(fixture.store.position(0).await.unwrap(), at(5));
+    mark(63, 1, 90).await;
+    assert_eq!(fixture.store.position(0).await.unwrap(), at(20));
+    assert_eq!(fixture.store.counts(None).await.unwrap().positions, [(0, at(20))]);
+    // Records that are published again carry older marks.
+    mark(0, 1, 3).await;
+    assert_eq!(fixture.store.position(0).await.unwrap(), at(20));
+    assert_eq!(fixture.store.mark_position(0, fixture.now()).await.unwrap(), Some(at(20)));
+    assert_eq!(fixture.store.position(1).await.unwrap(), OutboxId::ZERO);
+}
+
+#[tokio::test]
+async fn a_batch_of_a_shard_that_is_not_ours_moves_no_offset() {
+    let fixture = Fixture::new().await;
+    let [bob, eve] = [("bob", 1), ("eve", 2)].map(|(uid, seq)| order(uid, seq, &product(1, 900)));
+    let [bobs, eves] = [&bob, &eve].map(|record| record.uid.table().shard());
+    fixture.give_away(bobs).await;
+    let refused = fixture.store.store(records(bobs, 0, 1, 1, vec![bob.clone()])).await;
+    assert!(matches!(refused, Err(Error::NotOwner(shard)) if shard == bobs), "{refused:?}");
+    // Nor is an order skipped that lies in a partition of another shard.
+    let astray = fixture.store.store(records(eves, 0, 1, 1, vec![bob])).await;
+    assert!(matches!(astray, Err(Error::NotOwner(shard)) if shard == bobs), "{astray:?}");
+    assert!(fixture.store.kafka_offsets().await.unwrap().iter().all(|(_, offset)| *offset == 0));
+    fixture.store.store(records(eves, 0, 1, 1, vec![eve])).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_was_set_aside_is_settled_by_the_batch_that_stores_it() {
+    let fixture = Fixture::new().await;
+    let record = order("bob", 1, &product(1, 900));
+    let shard = record.uid.table().shard();
+    let origin = Origin::Kafka { shard, offset: 3 };
+    let bad = Unreadable { origin, reason: "version 9".to_owned(), raw: "{}".to_owned() };
+    let batch = StoreBatch { unreadable: vec![bad.clone()], ..records(shard, 0, 4, 1, Vec::new()) };
+    fixture.store.store(batch).await.unwrap();
+    assert_eq!(fixture.store.unreadable(10, None).await.unwrap().items, [bad]);
+    let replay = StoreBatch { orders: vec![record], settled: vec![origin], ..StoreBatch::default() };
+    assert_eq!(fixture.store.store(replay).await.unwrap().stored, 1);
+    assert_eq!(fixture.store.unreadable(10, None).await.unwrap().items, []);
 }

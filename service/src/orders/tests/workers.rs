@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::*;
+use crate::orders::Origin;
 use crate::orders::expiry::Expiry;
 use crate::orders::releases::Releases;
 use crate::orders::trim::Trim;
@@ -271,7 +272,7 @@ async fn an_unreadable_entry_does_not_hold_up_the_others() {
     eventually(async || shop.stored("s").await == 2).await;
     running.stop().await;
     let aside = shop.db.store.unreadable(10, None).await.unwrap().items;
-    assert_eq!((aside.len(), aside[0].outbox_id), (1, broken));
+    assert_eq!((aside.len(), aside[0].origin), (1, Origin::Outbox { partition: 0, id: broken }));
     assert!(aside[0].raw.contains("nonsense"), "{aside:?}");
 }
 
