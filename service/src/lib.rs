@@ -6,6 +6,7 @@ pub mod archive;
 pub mod audit;
 pub mod cli;
 pub mod config;
+pub mod cross_center;
 pub mod embedded;
 pub mod http;
 pub mod inventory;
