@@ -24,7 +24,9 @@ use crate::inventory::{Inventory, Parts};
 use crate::orders::{OrderStore, StoreOptions, WorkerOptions, Workers};
 use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess};
 use crate::telemetry::Metrics;
-use crate::topology::{Authority, Cause, Center, FileStore, Limits, Topology, TopologyHandle, new_ledger_id};
+use crate::topology::{
+    Authority, Cause, Center, Instance, Instances, Limits, Topology, TopologyHandle, new_ledger_id,
+};
 
 /// The partition that exists for now.
 const PARTITION: u8 = 0;
@@ -103,11 +105,18 @@ async fn serve(
 
     let lease_ttl = Duration::from_millis(config.topology.lease_ttl_ms);
     let authority = Authority::new(config.center.id.clone(), lease_ttl, 1);
-    let store = FileStore::new(&config.topology.path);
-    let topology = TopologyHandle::open_or_create(store, authority.clone(), first_topology(config))
+    let stores = config.topology.stores().context("the topology's store cannot be used")?;
+    let topology = TopologyHandle::open_or_create(stores.topology, authority.clone(), first_topology(config))
         .await
         .context("the topology cannot be opened")?;
     topology.spawn(tracker, stop.clone());
+    let me = Instance::new(
+        config.center.id.clone(),
+        config.listen.public_url(),
+        config.listen.admin_url(),
+        config.listen.internal_url(),
+    );
+    let instances = Instances::start(stores.instances, Some(me), tracker, stop.clone());
 
     let options = StoreOptions {
         max_connections: config.orders.max_connections,
@@ -172,6 +181,7 @@ async fn serve(
         default_currency: config.sales.default_currency,
         auditor: auditor(&inventory, &orders),
         guardian,
+        instances: instances.clone(),
         readiness: readiness.clone(),
         metrics,
     });
@@ -202,6 +212,7 @@ async fn serve(
         }
     }
     readiness.set(Stage::Draining);
+    instances.leave();
     tracing::info!("draining");
     ending.cancel();
     servers.join_all().await;

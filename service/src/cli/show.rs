@@ -10,7 +10,7 @@ use super::output::{Format, aligned, cell, print, print_json, print_object};
 /// `seckill topology …`
 #[derive(Debug, Subcommand)]
 pub(super) enum TopologyCommand {
-    /// Show the topology: master, epoch, centers, shards, limits
+    /// Show the topology: master, epoch, centers, shards, limits, and the instances that are alive
     Show {
         #[command(flatten)]
         service: ServiceArgs,
@@ -59,7 +59,7 @@ fn describe(topology: &Value) -> String {
     let Value::Object(fields) = topology else { return topology.to_string() };
     let mut rows = Vec::new();
     for (name, value) in fields {
-        if !matches!(name.as_str(), "centers" | "shard_owners" | "limits") {
+        if !matches!(name.as_str(), "centers" | "shard_owners" | "limits" | "instances") {
             rows.push(vec![name.clone(), cell(value)]);
         }
     }
@@ -75,6 +75,21 @@ fn describe(topology: &Value) -> String {
         for (name, value) in center.as_object().into_iter().flatten() {
             rows.push(vec![format!("center {id} {name}"), cell(value)]);
         }
+    }
+    for instance in topology.get("instances").and_then(Value::as_array).into_iter().flatten() {
+        let field = |name: &str| instance.get(name).map(cell).unwrap_or_default();
+        rows.push(vec![
+            format!("instance of {}", field("center")),
+            format!(
+                "{} public {} admin {} internal {} since {}, version {}",
+                field("id"),
+                field("public_url"),
+                field("admin_url"),
+                field("internal_url"),
+                field("started_at"),
+                field("version"),
+            ),
+        ]);
     }
     aligned(&[], rows)
 }

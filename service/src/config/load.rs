@@ -15,7 +15,7 @@ pub const ENV_PREFIX: &str = "SECKILL__";
 
 /// Optional keys that hold text. The default file shows them in comments only, so their type is not to be seen
 /// there, and a secret of digits must not become a number.
-const TEXT_KEYS: [&str; 9] = [
+const TEXT_KEYS: [&str; 15] = [
     "secret",
     "secret_file",
     "public_key_file",
@@ -25,6 +25,12 @@ const TEXT_KEYS: [&str; 9] = [
     "admin_url",
     "internal_url",
     "default_currency",
+    "username",
+    "password",
+    "password_file",
+    "ca_file",
+    "cert_file",
+    "key_file",
 ];
 
 /// Entries of a list that the environment may name by position, such as `SECKILL__AUTH__USERS__KEYS__0__SECRET`.
@@ -216,6 +222,13 @@ fn refuse_secrets(table: &Table) -> Result<(), ConfigError> {
                 ),
             });
         }
+    }
+    let etcd = table.get("topology").and_then(|topology| topology.get("etcd"));
+    if etcd.is_some_and(|etcd| etcd.get("password").is_some()) {
+        return Err(ConfigError::SecretInFile {
+            key: "topology.etcd.password".to_owned(),
+            instead: format!("password_file, or {ENV_PREFIX}TOPOLOGY__ETCD__PASSWORD"),
+        });
     }
     let urls = [("ledger", "partitions"), ("orders", "database_url")];
     for (section, key) in urls {

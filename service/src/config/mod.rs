@@ -8,6 +8,7 @@
 //! not show them.
 
 mod auth;
+mod etcd;
 mod load;
 mod network;
 mod validate;
@@ -23,6 +24,7 @@ use crate::topology::{self, Limits, Rate};
 pub use auth::{
     AuthConfig, KeyAlgorithm, KeyConfig, KeyError, KeyMaterial, KeyRing, Secret, without_newline,
 };
+pub use etcd::{EtcdConfig, Stores};
 pub use load::{ConfigError, DEFAULT_TOML, ENV_PREFIX, process_env};
 pub use network::{IpPrefix, SecretUrl};
 pub use validate::Warning;
@@ -180,6 +182,8 @@ pub struct TopologyConfig {
     pub path: PathBuf,
     /// Authority to write ends this long after the topology was last confirmed. Default: 5000.
     pub lease_ttl_ms: u64,
+    /// How to reach etcd, where the store is `etcd`.
+    pub etcd: EtcdConfig,
 }
 
 /// Kind of topology store.
@@ -189,6 +193,8 @@ pub enum TopologyStoreKind {
     /// One file; all centers on this machine.
     #[default]
     File,
+    /// etcd; centers anywhere.
+    Etcd,
 }
 
 /// `[sales]`: rules for all sales.
@@ -339,6 +345,7 @@ impl Default for TopologyConfig {
             store: TopologyStoreKind::File,
             path: PathBuf::from("data/topology.json"),
             lease_ttl_ms: 5000,
+            etcd: EtcdConfig::default(),
         }
     }
 }

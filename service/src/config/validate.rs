@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::auth::{KeyMaterial, KeyRing};
 use super::load::ConfigError;
-use super::{Config, KeyConfig};
+use super::{Config, KeyConfig, TopologyStoreKind};
 
 /// The ledger's `reserve` takes this many purchases in a call.
 const MAX_BATCH: usize = seckill_ledger::MAX_BATCH;
@@ -113,6 +113,9 @@ impl Config {
             return problem("topology.path", "must not be empty");
         }
         within("topology.lease_ttl_ms", self.topology.lease_ttl_ms, 200, 60_000)?;
+        if self.topology.store == TopologyStoreKind::Etcd {
+            self.topology.etcd.validate(self.topology.lease_ttl_ms)?;
+        }
         within("sales.retry_window_s", self.sales.retry_window_s, 0, 365 * 86_400)?;
         if let Err(error) = tracing_subscriber::EnvFilter::try_new(&self.telemetry.log) {
             return problem("telemetry.log", error.to_string());
@@ -177,6 +180,17 @@ impl Config {
                 "listen.admin",
                 "the admin listener is reachable from other machines; keep it off the internet".to_owned(),
             );
+        }
+
+        if self.topology.store == TopologyStoreKind::Etcd {
+            for (index, endpoint) in self.topology.etcd.endpoints.iter().enumerate() {
+                if endpoint.starts_with("http://") && !is_local(endpoint) {
+                    warn(
+                        &format!("topology.etcd.endpoints[{index}]"),
+                        "plain text to another machine: whoever is on the way decides who is the master; use https://".to_owned(),
+                    );
+                }
+            }
         }
 
         let response = self.ledger.response_timeout_ms;
@@ -282,7 +296,7 @@ fn validate_ring(path: &str, ring: &KeyRing) -> Result<(), Problem> {
     Ok(())
 }
 
-fn is_http_url(url: &str) -> bool {
+pub(super) fn is_http_url(url: &str) -> bool {
     url.parse::<http::Uri>().is_ok_and(|uri| {
         matches!(uri.scheme_str(), Some("http" | "https")) && uri.host().is_some_and(|host| !host.is_empty())
     })

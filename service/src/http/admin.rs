@@ -24,7 +24,7 @@ use super::purchases::IDEMPOTENT_REPLAYED;
 use crate::admission::Actor;
 use crate::archive::archive;
 use crate::orders::{Cursor, OrderFilter, Page};
-use crate::topology::{Limits, UpdateError};
+use crate::topology::{Instance, Limits, Topology, UpdateError};
 
 /// Sales in one NDJSON body, and their bytes.
 const MAX_BULK_LINES: usize = 10_000;
@@ -367,7 +367,14 @@ async fn list_refunds(state: Arc<AdminState>, call: Call) -> Result<Response, Pr
 
 async fn topology(state: Arc<AdminState>, call: Call) -> Result<Response, Problem> {
     state.operator(&call)?;
-    private_json(&*state.topology.current())
+    #[derive(Serialize)]
+    struct Shown<'a> {
+        #[serde(flatten)]
+        topology: &'a Topology,
+        instances: &'a [Instance],
+    }
+    let (topology, instances) = (state.topology.current(), state.instances.list());
+    private_json(&Shown { topology: &topology, instances: &instances })
 }
 
 async fn set_limits(state: Arc<AdminState>, mut call: Call) -> Result<Response, Problem> {

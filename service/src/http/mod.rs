@@ -34,7 +34,7 @@ use crate::inventory::Inventory;
 use crate::orders::{OrderStore, Updates};
 use crate::shift::GuardianHandle;
 use crate::telemetry::Metrics;
-use crate::topology::{Authority, TopologyHandle};
+use crate::topology::{Authority, Instances, TopologyHandle};
 use call::{Call, Measured, Routes};
 use events::Streams;
 use problem::Problem;
@@ -91,6 +91,8 @@ pub struct AdminState {
     pub auditor: Auditor,
     /// Creates and adopts the ledger.
     pub guardian: GuardianHandle,
+    /// The instances that are alive.
+    pub instances: Instances,
     /// Whether this instance takes requests.
     pub readiness: Readiness,
     /// All metrics.

@@ -435,8 +435,16 @@ impl From<archive::Error> for Problem {
 
 impl From<StoreError> for Problem {
     fn from(error: StoreError) -> Self {
+        let executed = match &error {
+            StoreError::Unknown { .. } => Executed::Unknown,
+            StoreError::Missing { .. }
+            | StoreError::Conflict { .. }
+            | StoreError::Malformed { .. }
+            | StoreError::Unavailable { .. }
+            | StoreError::WentBack { .. } => Executed::No,
+        };
         Problem::with_detail(Code::NoAuthority, "The topology cannot be changed")
-            .executed(Executed::Unknown)
+            .executed(executed)
             .caused_by(error)
     }
 }

@@ -1,23 +1,24 @@
-//! The service's view of the topology: always the latest confirmed document, changed by compare-and-set.
+//! The service's view of the topology: always the latest document, changed by compare-and-set.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::FutureExt;
-use tokio::sync::watch;
+use futures_util::{FutureExt, StreamExt};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::authority::{Authority, boottime_ns};
 use super::document::Topology;
-use super::file_store::{FileStore, Revision, StoreError};
+use super::store::{Revision, StoreError, TopologyStore, Versioned};
 
-/// How often the file is read again. Reading it costs some tens of microseconds, and every read is also a
-/// confirming one.
-const CONFIRM_INTERVAL: Duration = Duration::from_millis(100);
 /// How often a change is tried when others change the document at the same moment.
 const UPDATE_ATTEMPTS: u32 = 16;
+/// Two writers that met wait for a random time up to this, so that they do not meet again.
+const UPDATE_JITTER_MS: u64 = 10;
+/// A watch that broke off is begun again after this long; the reads go on meanwhile.
+const WATCH_RETRY: Duration = Duration::from_millis(200);
 
 /// Why a change did not happen.
 #[derive(Debug, thiserror::Error)]
@@ -25,12 +26,12 @@ pub enum UpdateError<E> {
     /// The change itself refused.
     #[error("{0}")]
     Refused(E),
-    /// The store failed.
+    /// The store failed. After [`StoreError::Unknown`] the change may have happened all the same.
     #[error(transparent)]
     Store(#[from] StoreError),
 }
 
-/// The topology as this service sees it. Cheap to clone.
+/// The topology as this service sees it. Cheap to clone and to read.
 #[derive(Debug, Clone)]
 pub struct TopologyHandle {
     shared: Arc<Shared>,
@@ -38,86 +39,143 @@ pub struct TopologyHandle {
 
 #[derive(Debug)]
 struct Shared {
-    store: FileStore,
+    store: Arc<dyn TopologyStore>,
     authority: Authority,
     current: watch::Sender<Arc<Topology>>,
-    /// Held during each read or change of the file and the publication of what it showed, so that an older
-    /// read is never published after a newer one. Only ever taken on blocking threads.
-    io: Mutex<Option<Revision>>,
+    /// What `current` shows. Never held across an await.
+    latest: Mutex<Latest>,
+    /// Changes of this service are made one after the other, so that it does not compete with itself.
+    changing: Semaphore,
+    /// The watch told of a change: it is confirmed by a read at once.
+    told: Notify,
+}
+
+#[derive(Debug)]
+struct Latest {
+    revision: Revision,
+    /// When this revision was first seen.
+    seen_ns: u64,
+    /// Before the last confirming read was sent.
+    since_ns: u64,
 }
 
 impl TopologyHandle {
     /// Reads the document; every later read confirms the authority.
-    pub async fn open(store: FileStore, authority: Authority) -> Result<TopologyHandle, StoreError> {
-        TopologyHandle::start(store, authority, None).await
+    pub async fn open(
+        store: impl TopologyStore + 'static,
+        authority: Authority,
+    ) -> Result<TopologyHandle, StoreError> {
+        TopologyHandle::start(Arc::new(store), authority, None).await
     }
 
     /// Reads the document, or creates it if there is none.
     pub async fn open_or_create(
-        store: FileStore,
+        store: impl TopologyStore + 'static,
         authority: Authority,
         initial: Topology,
     ) -> Result<TopologyHandle, StoreError> {
-        TopologyHandle::start(store, authority, Some(initial)).await
+        TopologyHandle::start(Arc::new(store), authority, Some(initial)).await
     }
 
     async fn start(
-        store: FileStore,
+        store: Arc<dyn TopologyStore>,
         authority: Authority,
         initial: Option<Topology>,
     ) -> Result<TopologyHandle, StoreError> {
-        blocking(move || {
-            let since_ns = boottime_ns();
-            let found = match (store.load(), initial) {
-                (Err(StoreError::Missing { .. }), Some(initial)) => {
-                    match store.compare_and_set(None, &initial) {
-                        Ok(_) | Err(StoreError::Conflict { .. }) => store.load()?,
-                        Err(error) => return Err(error),
+        let mut since_ns = boottime_ns();
+        let found = match (store.load().await, initial) {
+            (Err(StoreError::Missing { .. }), Some(initial)) => {
+                match store.compare_and_set(None, &initial).await {
+                    // After an unknown outcome the read decides.
+                    Ok(_) | Err(StoreError::Conflict { .. } | StoreError::Unknown { .. }) => {
+                        since_ns = boottime_ns();
+                        store.load().await?
                     }
+                    Err(error) => return Err(error),
                 }
-                (found, _) => found?,
-            };
-            authority.confirm(&found.topology, since_ns);
-            Ok(TopologyHandle {
-                shared: Arc::new(Shared {
-                    store,
-                    authority,
-                    current: watch::Sender::new(found.topology),
-                    io: Mutex::new(Some(found.revision)),
-                }),
-            })
+            }
+            (found, _) => found?,
+        };
+        authority.confirm(&found.topology, since_ns);
+        let latest = Latest { revision: found.revision, seen_ns: boottime_ns(), since_ns };
+        Ok(TopologyHandle {
+            shared: Arc::new(Shared {
+                store,
+                authority,
+                current: watch::Sender::new(found.topology),
+                latest: Mutex::new(latest),
+                changing: Semaphore::new(1),
+                told: Notify::new(),
+            }),
         })
-        .await
     }
 
-    /// Keeps reading the document until the token is cancelled. Without this the authority lapses.
+    /// Keeps following the document until the token is cancelled. Without this the authority lapses.
     pub fn spawn(&self, tracker: &TaskTracker, token: CancellationToken) {
-        let handle = self.clone();
-        tracker.spawn(async move {
-            let mut ticks = tokio::time::interval(CONFIRM_INTERVAL);
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            let mut failing = false;
-            while token.run_until_cancelled(ticks.tick()).await.is_some() {
-                // A panic in here shows like a read that failed: the lease runs out, and the next read is tried.
-                let confirmed = AssertUnwindSafe(handle.confirm())
-                    .catch_unwind()
-                    .await
-                    .unwrap_or_else(|_| Err(handle.shared.store.panicked()));
-                match confirmed {
-                    Ok(()) => {
-                        if std::mem::take(&mut failing) {
-                            tracing::info!("the topology can be read again");
-                        }
+        tracker.spawn(self.clone().keep_confirming(token.clone()));
+        tracker.spawn(self.clone().keep_watching(token));
+    }
+
+    async fn keep_confirming(self, token: CancellationToken) {
+        let mut ticks = tokio::time::interval(self.shared.store.confirm_interval());
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut failing = false;
+        loop {
+            tokio::select! {
+                () = token.cancelled() => return,
+                _ = ticks.tick() => {}
+                () = self.shared.told.notified() => {}
+            }
+            // A panic in here shows like a read that failed: the lease runs out, and the next read is tried.
+            let confirmed = AssertUnwindSafe(self.confirm()).catch_unwind();
+            let Some(confirmed) = token.run_until_cancelled(confirmed).await else { return };
+            match confirmed.unwrap_or_else(|_| Err(self.shared.panicked())) {
+                Ok(()) => {
+                    if std::mem::take(&mut failing) {
+                        tracing::info!("the topology can be read again");
                     }
-                    Err(error) => {
-                        handle.shared.authority.unconfirmed(&error.to_string());
-                        if !std::mem::replace(&mut failing, true) {
-                            tracing::error!(%error, "the topology cannot be confirmed");
-                        }
+                }
+                Err(error) => {
+                    self.shared.authority.unconfirmed(&error.to_string());
+                    if !std::mem::replace(&mut failing, true) {
+                        tracing::error!(%error, "the topology cannot be confirmed");
                     }
                 }
             }
-        });
+        }
+    }
+
+    async fn keep_watching(self, token: CancellationToken) {
+        while !token.is_cancelled() {
+            let watched = AssertUnwindSafe(self.watch()).catch_unwind();
+            match token.run_until_cancelled(watched).await {
+                Some(Ok(error)) => {
+                    tracing::debug!(
+                        error = error.map(tracing::field::display),
+                        "the watch on the topology broke off"
+                    );
+                }
+                Some(Err(_panic)) => tracing::error!("the watch on the topology panicked; it starts anew"),
+                None => return,
+            }
+            token.run_until_cancelled(tokio::time::sleep(WATCH_RETRY)).await;
+        }
+    }
+
+    /// Follows the store until it breaks off.
+    async fn watch(&self) -> Option<StoreError> {
+        let after = self.shared.latest().revision;
+        let mut changes = self.shared.store.watch(after);
+        while let Some(change) = changes.next().await {
+            match change {
+                Ok(found) => {
+                    self.shared.show(&found);
+                    self.shared.told.notify_one();
+                }
+                Err(error) => return Some(error),
+            }
+        }
+        None
     }
 
     /// The latest document.
@@ -132,79 +190,104 @@ impl TopologyHandle {
 
     /// Reads the document again and confirms the authority by it.
     pub async fn confirm(&self) -> Result<(), StoreError> {
-        let shared = Arc::clone(&self.shared);
-        blocking(move || shared.confirm_blocking()).await
+        let since_ns = boottime_ns();
+        let found = self.shared.store.load().await?;
+        self.shared.confirm(&found, since_ns)
     }
 
     /// Changes the document. `change` sees the latest one and may be called again when somebody else was
     /// faster; what it returns at last is returned.
-    pub async fn update<T, E, F>(&self, change: F) -> Result<T, UpdateError<E>>
+    pub async fn update<T, E, F>(&self, mut change: F) -> Result<T, UpdateError<E>>
     where
         T: Send + 'static,
         E: Send + 'static,
         F: FnMut(&mut Topology) -> Result<T, E> + Send + 'static,
     {
-        let shared = Arc::clone(&self.shared);
-        blocking(move || shared.update_blocking(change)).await
-    }
-}
-
-impl Shared {
-    fn confirm_blocking(&self) -> Result<(), StoreError> {
-        let mut revision = self.io.lock().unwrap_or_else(PoisonError::into_inner);
-        let since_ns = boottime_ns();
-        let found = self.store.load()?;
-        let changed = revision.replace(found.revision) != Some(found.revision);
-        self.publish(&found.topology, since_ns, changed);
-        Ok(())
-    }
-
-    fn update_blocking<T, E>(
-        &self,
-        mut change: impl FnMut(&mut Topology) -> Result<T, E>,
-    ) -> Result<T, UpdateError<E>> {
-        let mut revision = self.io.lock().unwrap_or_else(PoisonError::into_inner);
+        let shared = &self.shared;
+        let _turn = shared.changing.acquire().await;
         let mut attempt = 1;
         loop {
             let since_ns = boottime_ns();
-            let found = self.store.load()?;
+            let found = shared.store.load().await?;
             let mut next = Topology::clone(&found.topology);
             let answer = change(&mut next).map_err(UpdateError::Refused)?;
             if next == *found.topology {
                 return Ok(answer);
             }
-            match self.store.compare_and_set(Some(found.revision), &next) {
-                Ok(written) => {
-                    *revision = Some(written);
-                    self.publish(&Arc::new(next), since_ns, true);
+            match shared.store.compare_and_set(Some(found.revision), &next).await {
+                Ok(revision) => {
+                    let written = Versioned { revision, topology: Arc::new(next) };
+                    if let Err(error) = shared.confirm(&written, since_ns) {
+                        tracing::error!(%error, "the topology changed in a strange way");
+                    }
                     return Ok(answer);
                 }
-                Err(StoreError::Conflict { .. }) if attempt < UPDATE_ATTEMPTS => attempt += 1,
+                Err(StoreError::Conflict { .. }) if attempt < UPDATE_ATTEMPTS => {
+                    attempt += 1;
+                    let pause = rand::random_range(0..=UPDATE_JITTER_MS);
+                    tokio::time::sleep(Duration::from_millis(pause)).await;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
     }
+}
 
-    fn publish(&self, topology: &Arc<Topology>, since_ns: u64, changed: bool) {
-        self.authority.confirm(topology, since_ns);
+impl Shared {
+    /// A read or change that was sent after `since_ns` showed this.
+    fn confirm(&self, found: &Versioned, since_ns: u64) -> Result<(), StoreError> {
+        let mut latest = self.latest();
+        if found.revision < latest.revision {
+            // A read that was overtaken is nothing special. One that began after the later revision was there is.
+            if since_ns > latest.seen_ns {
+                return Err(StoreError::WentBack {
+                    place: self.store.place(),
+                    known: latest.revision,
+                    found: found.revision,
+                });
+            }
+            return Ok(());
+        }
+        if found.revision > latest.revision || since_ns > latest.since_ns {
+            latest.since_ns = since_ns;
+            self.authority.confirm(&found.topology, since_ns);
+        }
+        self.publish(&mut latest, found);
+        Ok(())
+    }
+
+    /// A watch showed this: subscribers see it at once, but it confirms nothing (A1).
+    fn show(&self, found: &Versioned) {
+        let mut latest = self.latest();
+        if found.revision > latest.revision {
+            self.publish(&mut latest, found);
+        }
+    }
+
+    fn publish(&self, latest: &mut Latest, found: &Versioned) {
+        if found.revision > latest.revision {
+            latest.revision = found.revision;
+            latest.seen_ns = boottime_ns();
+        }
         self.current.send_if_modified(|current| {
-            let changed = changed || **current != **topology;
+            let changed = **current != *found.topology;
             if changed {
-                *current = Arc::clone(topology);
+                *current = Arc::clone(&found.topology);
             }
             changed
         });
     }
-}
 
-/// Runs file operations where they hold nobody up.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(done) => done,
-        Err(failed) => match failed.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // Only a runtime that is shutting down drops work; nobody polls this any more then.
-            Err(_) => std::future::pending().await,
-        },
+    fn latest(&self) -> std::sync::MutexGuard<'_, Latest> {
+        // Each field is whole even after a panic, and a read corrects what does not fit.
+        self.latest.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn panicked(&self) -> StoreError {
+        StoreError::Unavailable {
+            action: "read",
+            place: self.store.place(),
+            reason: "reading it panicked".to_owned(),
+        }
     }
 }

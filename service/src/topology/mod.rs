@@ -1,13 +1,20 @@
 //! Who is in charge: the topology document, its store, and the authority that a service has from it.
 //!
-//! The topology is one small document. [`FileStore`] keeps it, [`TopologyHandle`] shows it to the rest of the
+//! The topology is one small document. A [`TopologyStore`] keeps it, [`TopologyHandle`] shows it to the rest of the
 //! service and changes it by compare-and-set, and [`Authority`] answers the one question of the purchase path:
-//! may this service write to the ledger right now, and under which fence?
+//! may this service write to the ledger right now, and under which fence? [`Instances`] lists the services that
+//! are alive.
 
 mod authority;
 mod document;
+mod etcd_instances;
+mod etcd_store;
+mod file_instances;
 mod file_store;
+mod folder_watch;
 mod handle;
+mod instances;
+mod store;
 #[cfg(test)]
 mod tests;
 
@@ -16,5 +23,8 @@ pub use document::{
     Center, Durability, Extra, InSync, LedgerRun, Limits, Rate, SCHEMA, Topology, TopologyState,
     new_ledger_id,
 };
-pub use file_store::{FileStore, Revision, StoreError, Versioned};
+pub use etcd_store::{EtcdOptions, EtcdStore};
+pub use file_store::FileStore;
 pub use handle::{TopologyHandle, UpdateError};
+pub use instances::{Instance, InstanceId, InstanceStore, Instances};
+pub use store::{Changes, Revision, StoreError, TopologyStore, Versioned};

@@ -154,6 +154,7 @@ impl Shop {
             default_currency: None,
             auditor: Arc::new(|_| Box::pin(async { Ok(json!({"verdict": "clean", "sales": []})) })),
             guardian: crate::shift::GuardianHandle::ended(),
+            instances: crate::topology::Instances::fixed(Vec::new()),
             readiness: readiness.clone(),
             metrics,
         });
