@@ -9,6 +9,7 @@
 //! | `sk:touched` | sorted set | sale id by the sequence of its last change, for incremental snapshots |
 //! | `sk:s:SALE` | hash | `state digest def terms total remaining claimed released accepted starts ends limit version revision created` |
 //! | `sk:c:SALE` | hash | user → claims, 29 bytes each: key digest 16, order id head 4, quantity 3, state 1 (0 held, 1 released), sequence 5 |
+//! | `sk:cursors` | hash | destination → `epoch-sequence shards`: how far the relay has come, see [`crate::Cursor`] |
 //! | `sk:k:SALE` | hash | digest of a stock change's key → `delta total remaining version` as answered |
 //!
 //! `version` grows with every change that the shop makes to a sale, `revision` with every return of stock
@@ -21,6 +22,7 @@ pub(crate) const FENCE: &str = "sk:fence";
 pub(crate) const CLOCK: &str = "sk:clock";
 pub(crate) const SEQ: &str = "sk:seq";
 pub(crate) const OUTBOX: &str = "sk:outbox";
+pub(crate) const CURSORS: &str = "sk:cursors";
 pub(crate) const TOUCHED: &str = "sk:touched";
 pub(crate) const SALE_PREFIX: &str = "sk:s:";
 

@@ -8,6 +8,7 @@
 //! The formats are described in [`keys`].
 
 pub mod admin;
+mod cursor;
 mod error;
 mod fence;
 pub mod keys;
@@ -22,6 +23,7 @@ mod scripts;
 #[cfg(feature = "testkit")]
 pub mod testkit;
 
+pub use cursor::{Cursor, CursorOutcome, ShardSet, cursor, set_cursor};
 pub use error::{Error, Executed, Refusal};
 pub use fence::{Fence, InvalidFence, LedgerId, SCHEMA};
 pub use release::{ReleaseEntry, ReleaseOutcome, release};

@@ -12,12 +12,14 @@
 //! | `reclaimed` | how many orders were claimed again |
 //! | `epoch` | the fence of the epoch that begins |
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use redis::aio::ConnectionLike;
 use redis::{FromRedisValue, Value};
 use seckill_domain::{
-    CenterNumber, Millis, OrderId, OrderRecord, OutboxId, Quantity, SaleId, SaleSpec, SaleTerms, Uid,
+    CenterNumber, LedgerState, Millis, OrderId, OrderRecord, OutboxId, Quantity, SaleId, SaleSpec, SaleTerms,
+    Uid,
 };
 
 use crate::error::Error;
@@ -34,6 +36,8 @@ pub const RECORD_VERSION: &str = "1";
 pub struct Entry {
     /// Its id.
     pub id: OutboxId,
+    /// The ledger's time at the change, if the entry says it.
+    pub at: Option<Millis>,
     /// What happened, or why this release cannot read it.
     pub event: Result<Event, Unreadable>,
 }
@@ -53,9 +57,29 @@ pub enum Event {
     /// A sale was created or its description changed.
     Sale(Box<SaleSpec>),
     /// Something else of a sale changed: its state, its stock, claims of an adopted ledger.
-    SaleChanged(SaleId),
+    SaleChanged(SaleChange),
     /// An epoch began.
     Epoch(Fence),
+}
+
+/// A change of a sale that is not one of its description.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SaleChange {
+    /// The sale.
+    pub sale_id: SaleId,
+    /// What changed.
+    pub what: Changed,
+}
+
+/// What changed of a sale.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Changed {
+    /// It is in this state now.
+    State(LedgerState),
+    /// Units were added, or taken away.
+    Stock(i64),
+    /// So many stored orders were claimed again.
+    Reclaimed(u64),
 }
 
 /// Why an entry could not be read. Its raw content goes to whoever keeps such entries.
@@ -64,7 +88,7 @@ pub enum Event {
 pub struct Unreadable {
     /// What is wrong with it.
     pub reason: String,
-    /// Its fields, as text.
+    /// Its fields, as a JSON object of texts; [`parse_raw`] reads it.
     pub raw: String,
 }
 
@@ -175,9 +199,20 @@ fn parse_entries(value: Value) -> Result<Vec<Entry>, Error> {
                 .parse()
                 .map_err(|_| Error::Malformed("an outbox id that is not EPOCH-SEQUENCE".to_owned()))?;
             let fields = Fields::from_value(parts.next().unwrap_or(Value::Nil))?;
-            Ok(Entry { id, event: fields.event(id, &mut terms) })
+            Ok(Entry { id, at: fields.at(), event: fields.event(id, &mut terms) })
         })
         .collect()
+}
+
+/// Reads an entry that was set aside again, from its raw content: a later release may understand it.
+pub fn parse_raw(id: OutboxId, raw: &str) -> Result<Event, String> {
+    let raw: BTreeMap<String, String> =
+        serde_json::from_str(raw).map_err(|error| format!("not the fields of an entry: {error}"))?;
+    let mut fields = Fields::default();
+    for (name, value) in raw {
+        fields.set(name.as_bytes(), value.into_bytes());
+    }
+    fields.parse(id, &mut TermsCache::default())
 }
 
 /// Neighbouring entries mostly have the same terms: parse them once.
@@ -214,33 +249,47 @@ impl Fields {
             .map_err(|_| Error::Malformed("an outbox entry without fields".to_owned()))?;
         let mut fields = Fields::default();
         for (name, value) in pairs {
-            match &name[..] {
-                b"v" => fields.version = value,
-                b"k" => fields.kind = value,
-                b"s" => fields.sale = value,
-                b"a" => fields.at = value,
-                b"t" => fields.terms = value,
-                b"o" => fields.content = value,
-                // A later release may add fields that this one has no use for.
-                _ => {}
-            }
+            fields.set(&name, value);
         }
         Ok(fields)
     }
 
+    fn set(&mut self, name: &[u8], value: Vec<u8>) {
+        match name {
+            b"v" => self.version = value,
+            b"k" => self.kind = value,
+            b"s" => self.sale = value,
+            b"a" => self.at = value,
+            b"t" => self.terms = value,
+            b"o" => self.content = value,
+            // A later release may add fields that this one has no use for.
+            _ => {}
+        }
+    }
+
+    fn at(&self) -> Option<Millis> {
+        std::str::from_utf8(&self.at).ok()?.parse().ok().map(Millis)
+    }
+
+    fn raw(&self) -> String {
+        let fields = [
+            ("v", &self.version),
+            ("k", &self.kind),
+            ("s", &self.sale),
+            ("a", &self.at),
+            ("t", &self.terms),
+            ("o", &self.content),
+        ];
+        let texts: BTreeMap<_, _> = fields
+            .into_iter()
+            .filter(|(_, value)| !value.is_empty())
+            .map(|(name, value)| (name, String::from_utf8_lossy(value)))
+            .collect();
+        serde_json::to_string(&texts).unwrap_or_default()
+    }
+
     fn event(&self, id: OutboxId, terms: &mut TermsCache) -> Result<Event, Unreadable> {
-        self.parse(id, terms).map_err(|reason| Unreadable {
-            reason,
-            raw: format!(
-                "v={} k={} s={} a={} t={} o={}",
-                String::from_utf8_lossy(&self.version),
-                String::from_utf8_lossy(&self.kind),
-                String::from_utf8_lossy(&self.sale),
-                String::from_utf8_lossy(&self.at),
-                String::from_utf8_lossy(&self.terms),
-                String::from_utf8_lossy(&self.content),
-            ),
-        })
+        self.parse(id, terms).map_err(|reason| Unreadable { reason, raw: self.raw() })
     }
 
     fn parse(&self, id: OutboxId, terms: &mut TermsCache) -> Result<Event, String> {
@@ -256,11 +305,7 @@ impl Fields {
         };
         match &self.kind[..] {
             b"orders" => {
-                let at = std::str::from_utf8(&self.at)
-                    .ok()
-                    .and_then(|text| text.parse().ok())
-                    .map(Millis)
-                    .ok_or_else(|| "impossible time".to_owned())?;
+                let at = self.at().ok_or_else(|| "impossible time".to_owned())?;
                 parse_orders(content, id, &sale()?, &terms.parse(&self.terms)?, at).map(Event::Orders)
             }
             b"released" => {
@@ -270,7 +315,18 @@ impl Fields {
             b"sale" => serde_json::from_str(content)
                 .map(|spec| Event::Sale(Box::new(spec)))
                 .map_err(|error| error.to_string()),
-            b"state" | b"stock" | b"reclaimed" => Ok(Event::SaleChanged(sale()?)),
+            b"state" => {
+                let state = LedgerState::from_name(content).ok_or_else(|| "impossible state".to_owned())?;
+                Ok(Event::SaleChanged(SaleChange { sale_id: sale()?, what: Changed::State(state) }))
+            }
+            b"stock" => {
+                let delta = content.parse().map_err(|_| "impossible change of stock".to_owned())?;
+                Ok(Event::SaleChanged(SaleChange { sale_id: sale()?, what: Changed::Stock(delta) }))
+            }
+            b"reclaimed" => {
+                let orders = content.parse().map_err(|_| "impossible number of orders".to_owned())?;
+                Ok(Event::SaleChanged(SaleChange { sale_id: sale()?, what: Changed::Reclaimed(orders) }))
+            }
             b"epoch" => content.parse().map(Event::Epoch).map_err(|error| format!("fence: {error}")),
             other => Err(format!("kind {:?}", String::from_utf8_lossy(other))),
         }

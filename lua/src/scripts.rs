@@ -101,6 +101,7 @@ scripts! {
     ARCHIVE = "archive.lua";
     BARRIER = "barrier.lua";
     CREATE = "create.lua";
+    CURSOR = "cursor.lua";
     FENCE = "fence.lua";
     RECLAIM = "reclaim.lua";
     RELEASE = "release.lua";

@@ -8,8 +8,8 @@ use seckill_ledger::read::News;
 use seckill_ledger::roles::{Role, isolate, promote, standing};
 use seckill_ledger::testkit::RedisServer;
 use seckill_ledger::{
-    Error, Executed, Fence, LedgerId, Refusal, ReleaseEntry, ReserveOutcome, StateChange, add_stock, archive,
-    create_sale, keys, outbox, release, reserve, set_state, update_sale,
+    Cursor, Error, Executed, Fence, LedgerId, Refusal, ReleaseEntry, ReserveOutcome, ShardSet, StateChange,
+    add_stock, archive, create_sale, keys, outbox, release, reserve, set_cursor, set_state, update_sale,
 };
 
 use crate::support::{Ledger, entry, key, spec, uid};
@@ -31,6 +31,8 @@ async fn every_write(
         seckill_domain::OrderId::from_parts(head, 3).unwrap()
     };
     let give_back = [ReleaseEntry { order_id: order, uid: uid("bob") }];
+    let center_b = seckill_domain::CenterId::new("b").unwrap();
+    let cursor = Cursor { id: OutboxId { epoch: 1, seq: 1 }, shards: ShardSet::default() };
     let take_again =
         [ReclaimEntry { order_id: order, uid: uid("bob"), quantity: seckill_domain::Quantity::ONE }];
     vec![
@@ -43,6 +45,7 @@ async fn every_write(
         ("archive", archive(conn, fence, sale, 0, 1).await.unwrap_err()),
         ("barrier", admin::barrier(conn, fence).await.unwrap_err()),
         ("trim", admin::trim(conn, fence, OutboxId { epoch: 9, seq: 9 }).await.unwrap_err()),
+        ("cursor", set_cursor(conn, fence, &center_b, cursor).await.unwrap_err()),
         ("reclaim", reclaim(conn, fence, sale, &take_again).await.unwrap_err()),
     ]
 }

@@ -729,7 +729,7 @@ impl History {
                     ),
                     Event::Released { sale_id, orders } => MEvent::Released(sale_id, orders),
                     Event::Sale(spec) => MEvent::Sale(spec.sale_id),
-                    Event::SaleChanged(sale) => MEvent::Changed(sale),
+                    Event::SaleChanged(change) => MEvent::Changed(change.sale_id),
                     Event::Epoch(fence) => MEvent::Epoch(fence),
                 };
                 (entry.id, event)
