@@ -4,6 +4,7 @@
 //! taking connections and finish what they have, then the lanes answer what waits, then the workers stop after
 //! the step that they are in.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,12 +17,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::admission::{ClientAddress, Limiter, open_rings};
 use crate::audit;
-use crate::config::Config;
+use crate::config::{Config, QueueKind};
 use crate::http::{
     self, AdminState, Auditor, PublicState, Readiness, ServeOptions, Stage, admin_router, public_router,
 };
 use crate::inventory::{Inventory, Parts};
-use crate::orders::{OrderStore, StoreOptions, WorkerOptions, Workers};
+use crate::orders::{KafkaMetrics, KafkaOptions, OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
 use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess};
 use crate::telemetry::Metrics;
 use crate::topology::{
@@ -152,7 +153,9 @@ async fn serve(
     let inventory = Inventory::start(&parts, tracker, stop, fatal)?;
     metrics.register(|registry| inventory.metrics().register(registry));
     let client = redis::Client::open(redis_url.as_str()).context("ledger.partitions")?;
-    Workers::spawn(&orders, &[client], &authority, &worker_options(config), tracker, stop);
+    let queue = queue(config, &topology, &metrics)?;
+    let workers =
+        Workers::spawn(&orders, &[client], &authority, &queue, &worker_options(config), tracker, stop);
     let limiter = Limiter::new(&topology.current().limits);
     tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
 
@@ -174,6 +177,7 @@ async fn serve(
     let admin = admin_router(AdminState {
         inventory: inventory.clone(),
         orders: orders.clone(),
+        workers,
         tokens,
         topology,
         authority: authority.clone(),
@@ -239,6 +243,29 @@ fn first_topology(config: &Config) -> Topology {
         ..Limits::default()
     };
     Topology::single(new_ledger_id(), config.center.id.clone(), center, limits)
+}
+
+fn queue(config: &Config, topology: &TopologyHandle, metrics: &Metrics) -> anyhow::Result<Queue> {
+    let kafka = match config.queue {
+        QueueKind::Outbox => return Ok(Queue::Outbox),
+        QueueKind::Kafka => &config.kafka,
+    };
+    let mut centers =
+        BTreeMap::from([(config.center.id.clone(), kafka.own().connection().context("kafka")?)]);
+    for (id, cluster) in &kafka.centers {
+        let connection = cluster.connection().with_context(|| format!("kafka.centers.{id}"))?;
+        centers.insert(id.clone(), connection);
+    }
+    let counted = KafkaMetrics::default();
+    metrics.register(|registry| counted.register(registry));
+    Ok(Queue::Kafka(KafkaOptions {
+        center: config.center.id.clone(),
+        centers,
+        topic_prefix: kafka.topic_prefix.clone(),
+        replication_factor: kafka.replication_factor,
+        topology: topology.subscribe(),
+        metrics: counted,
+    }))
 }
 
 fn worker_options(config: &Config) -> WorkerOptions {

@@ -11,7 +11,7 @@ use seckill::admission::{ClientAddress, Key, Limiter, Ring, Tickets, Tokens};
 use seckill::config::{InventoryConfig, LedgerConfig, SecretUrl};
 use seckill::http::{PublicState, ServeOptions, public_router, serve};
 use seckill::inventory::{Inventory, Parts};
-use seckill::orders::{OrderStore, StoreOptions, WorkerOptions, Workers};
+use seckill::orders::{OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
 use seckill::telemetry::Metrics;
 use seckill::topology::{Authority, Center, FileStore, Limits, Topology, TopologyHandle};
 use seckill_domain::CenterNumber;
@@ -83,7 +83,15 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let inventory = Inventory::start(&parts, &tracker, &stop, &stop)?;
     if args.workers {
         let client = redis::Client::open(args.redis.as_str())?;
-        Workers::spawn(&orders, &[client], &authority, &WorkerOptions::default(), &tracker, &stop);
+        Workers::spawn(
+            &orders,
+            &[client],
+            &authority,
+            &Queue::Outbox,
+            &WorkerOptions::default(),
+            &tracker,
+            &stop,
+        );
     }
     while !inventory.sales().is_loaded() {
         tokio::time::sleep(Duration::from_millis(5)).await;

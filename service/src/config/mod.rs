@@ -9,6 +9,7 @@
 
 mod auth;
 mod etcd;
+mod kafka;
 mod load;
 mod network;
 mod validate;
@@ -25,6 +26,7 @@ pub use auth::{
     AuthConfig, KeyAlgorithm, KeyConfig, KeyError, KeyMaterial, KeyRing, Secret, without_newline,
 };
 pub use etcd::{EtcdConfig, Stores};
+pub use kafka::{KafkaCluster, KafkaConfig, KafkaSecretError};
 pub use load::{ConfigError, DEFAULT_TOML, ENV_PREFIX, process_env};
 pub use network::{IpPrefix, SecretUrl};
 pub use validate::Warning;
@@ -45,6 +47,8 @@ pub struct Config {
     pub inventory: InventoryConfig,
     /// Order tables and what works on them.
     pub orders: OrdersConfig,
+    /// The brokers, for `queue = "kafka"`.
+    pub kafka: KafkaConfig,
     /// Whose tokens are believed.
     pub auth: AuthConfig,
     /// Rate limits that a new topology starts with, and the proxies that may name a client's address.
@@ -66,6 +70,8 @@ pub enum QueueKind {
     /// Each center reads its own copy of the ledger's outbox: exactly once, with no broker.
     #[default]
     Outbox,
+    /// The master center publishes each order to the home center's Kafka, where the home center reads it.
+    Kafka,
 }
 
 /// `[center]`: which center this instance belongs to.

@@ -5,7 +5,7 @@ use std::fmt;
 
 use super::auth::{KeyMaterial, KeyRing};
 use super::load::ConfigError;
-use super::{Config, KeyConfig, TopologyStoreKind};
+use super::{Config, KeyConfig, QueueKind, TopologyStoreKind};
 
 /// The ledger's `reserve` takes this many purchases in a call.
 const MAX_BATCH: usize = seckill_ledger::MAX_BATCH;
@@ -29,13 +29,18 @@ impl fmt::Display for Warning {
     }
 }
 
-type Problem = (String, String);
+pub(super) type Problem = (String, String);
 
-fn problem<T>(key: &str, reason: impl Into<String>) -> Result<T, Problem> {
+pub(super) fn problem<T>(key: &str, reason: impl Into<String>) -> Result<T, Problem> {
     Err((key.to_owned(), reason.into()))
 }
 
-fn within<T: PartialOrd + Copy + fmt::Display>(key: &str, value: T, min: T, max: T) -> Result<(), Problem> {
+pub(super) fn within<T: PartialOrd + Copy + fmt::Display>(
+    key: &str,
+    value: T,
+    min: T,
+    max: T,
+) -> Result<(), Problem> {
     if value < min || value > max {
         return problem(key, format!("must be from {min} to {max}, not {value}"));
     }
@@ -106,6 +111,7 @@ impl Config {
         within("orders.outbox_retention_s", orders.outbox_retention_s, 0, 30 * 86_400)?;
         within("orders.release_interval_ms", orders.release_interval_ms, 10, 60_000)?;
 
+        self.kafka.validate(self.queue == QueueKind::Kafka, &self.center.id)?;
         for (key, ring) in self.rings() {
             validate_ring(key, ring)?;
         }
@@ -193,6 +199,7 @@ impl Config {
             }
         }
 
+        self.kafka.warnings(&mut warn);
         let response = self.ledger.response_timeout_ms;
         if response >= self.inventory.deadline_ms {
             warn(
@@ -309,7 +316,7 @@ fn is_redis_url(url: &str) -> bool {
 }
 
 /// Whether a URL leads to this machine.
-fn is_local(url: &str) -> bool {
+pub(super) fn is_local(url: &str) -> bool {
     let authority = url.split("://").nth(1).and_then(|rest| rest.split(['/', '?']).next()).unwrap_or("");
     let host_port = authority.rsplit('@').next().unwrap_or(authority);
     let host = match host_port.strip_prefix('[') {

@@ -103,6 +103,7 @@ pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Respons
             "age_ms": seen.map(|(_, age_ms)| age_ms),
         },
         "store": store,
+        "queue": { "kind": state.workers.queue(), "waiting": state.workers.waiting() },
         "topology": { "state": topology.state, "epoch": topology.epoch, "master": topology.master },
         "degraded": topology.state == crate::topology::TopologyState::Degraded,
     }))?;

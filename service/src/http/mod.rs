@@ -31,7 +31,7 @@ pub use server::{ServeOptions, serve};
 
 use crate::admission::{ClientAddress, Limiter, Tickets, Tokens};
 use crate::inventory::Inventory;
-use crate::orders::{OrderStore, Updates};
+use crate::orders::{OrderStore, Updates, Workers};
 use crate::shift::GuardianHandle;
 use crate::telemetry::Metrics;
 use crate::topology::{Authority, Instances, TopologyHandle};
@@ -77,6 +77,8 @@ pub struct AdminState {
     pub inventory: Inventory,
     /// The order database.
     pub orders: OrderStore,
+    /// What brings the orders there.
+    pub workers: Workers,
     /// The key rings.
     pub tokens: Arc<Tokens>,
     /// The topology.

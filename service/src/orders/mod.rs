@@ -10,8 +10,10 @@
 mod batch;
 mod error;
 mod expiry;
+mod kafka;
 mod metrics;
 mod model;
+mod reading;
 mod releases;
 mod store;
 mod tailer;
@@ -24,6 +26,7 @@ mod tests;
 
 pub use batch::{Advance, Origin, Place, StoreBatch, StoreOutcome, Unreadable};
 pub use error::Error;
+pub use kafka::{CenterLabel, ConsumerStatus, KafkaMetrics, KafkaOptions, KafkaQueue, RelayStatus};
 pub use metrics::OrderMetrics;
 pub use model::{
     AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, InvalidCursor, Order, OrderFilter, Page,
@@ -31,4 +34,4 @@ pub use model::{
 };
 pub use store::{AuditOrder, AuditRows, Counts, OrderStore, StoreOptions, UnreadableOrder};
 pub use updates::{Subscription, TooManySubscribers, Updates};
-pub use workers::{TailerStatus, WorkerOptions, Workers};
+pub use workers::{Queue, TailerStatus, WorkerOptions, Workers};

@@ -10,15 +10,14 @@
 
 use std::time::Duration;
 
-use redis::aio::MultiplexedConnection;
 use seckill_domain::{OrderRecord, OutboxId};
 use seckill_ledger::outbox::{self, Entry, Event, Page};
-use seckill_ledger::roles::Role;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use super::batch::{Origin, StoreBatch, Unreadable};
 use super::error::Error;
+use super::reading::{NoPage, read_page};
 use super::store::OrderStore;
 use super::workers::{Link, Streak, TailerStatus, WorkerOptions, pause, sleep};
 
@@ -43,10 +42,8 @@ pub(super) struct Tailer {
 /// Why the tailer has to pause.
 #[derive(Debug, thiserror::Error)]
 enum Halt {
-    #[error("{0}")]
-    Wait(String),
-    #[error("the ledger ends at {ledger}, but entries up to {position} are stored: it was rolled back")]
-    RolledBack { position: OutboxId, ledger: OutboxId },
+    #[error(transparent)]
+    NoPage(#[from] NoPage),
     #[error(transparent)]
     Ledger(#[from] seckill_ledger::Error),
     #[error(transparent)]
@@ -74,7 +71,7 @@ impl Tailer {
                     self.store.metrics().retries.inc();
                     streak.failed("tailer", &halt);
                     self.report(match halt {
-                        Halt::RolledBack { position, ledger } => {
+                        Halt::NoPage(NoPage::RolledBack { position, ledger }) => {
                             // The guardian looks at once, and refuses what the message explains.
                             self.link.authority.suspect();
                             TailerStatus::RolledBack { position, ledger }
@@ -101,7 +98,7 @@ impl Tailer {
         let mut position = self.store.position(self.link.partition).await?;
         let mut conn = self.link.connect().await?;
         let mut entries = MIN_ENTRIES;
-        let mut page = self.read(&mut conn, position, entries).await?;
+        let mut page = read_page(&self.link, &mut conn, position, entries).await?;
         loop {
             streak.succeeded("tailer");
             self.report(TailerStatus::Following { position });
@@ -116,7 +113,7 @@ impl Tailer {
                     None => return Ok(()),
                     Some(found) => found?,
                 };
-                page = self.read(&mut conn, position, entries).await?;
+                page = read_page(&self.link, &mut conn, position, entries).await?;
                 continue;
             };
             let full = page.entries.len() >= entries;
@@ -125,7 +122,7 @@ impl Tailer {
             let save = self.save(position, page.entries);
             if full {
                 // More is waiting: read on while the database works. What fails is read again.
-                let (saved, next) = tokio::join!(save, self.read(&mut conn, last, entries));
+                let (saved, next) = tokio::join!(save, read_page(&self.link, &mut conn, last, entries));
                 saved?;
                 position = last;
                 page = next?;
@@ -138,38 +135,9 @@ impl Tailer {
                 {
                     return Ok(());
                 }
-                page = self.read(&mut conn, position, entries).await?;
+                page = read_page(&self.link, &mut conn, position, entries).await?;
             }
         }
-    }
-
-    /// Reads a page, if it may be used (R1) and the ledger is not behind what is stored (F2).
-    async fn read(
-        &self,
-        conn: &mut MultiplexedConnection,
-        after: OutboxId,
-        count: usize,
-    ) -> Result<Page, Halt> {
-        let grant = self.link.authority.grant().map_err(|refusal| Halt::Wait(refusal.to_string()))?;
-        let fence = &grant.fence;
-        let page = outbox::read(conn, after, count).await?;
-        match &page.role {
-            Role::Master { .. } if page.fence.as_deref() == Some(fence.to_string().as_str()) => {}
-            Role::Master { .. } => {
-                return Err(Halt::Wait(format!(
-                    "the ledger's fence is {}, the topology's {fence}",
-                    page.fence.as_deref().unwrap_or("missing")
-                )));
-            }
-            Role::Replica { .. } => {
-                return Err(Halt::Wait("this center's Redis is not the master".to_owned()));
-            }
-        }
-        let ledger = OutboxId { epoch: fence.epoch.0, seq: page.last_seq };
-        if after > ledger {
-            return Err(Halt::RolledBack { position: after, ledger });
-        }
-        Ok(page)
     }
 
     /// Counts a page's orders and publishes how far behind it shows us.

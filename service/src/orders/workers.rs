@@ -16,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::expiry::Expiry;
+use super::kafka::{KafkaOptions, KafkaQueue};
 use super::releases::Releases;
 use super::store::OrderStore;
 use super::tailer::Tailer;
@@ -80,33 +81,62 @@ pub enum TailerStatus {
     },
 }
 
+/// How accepted orders come to the store.
+#[derive(Clone)]
+pub enum Queue {
+    /// A tailer for each partition reads the local outbox.
+    Outbox,
+    /// A relay publishes the outbox to every center's Kafka, a consumer stores what is in this one's.
+    Kafka(KafkaOptions),
+}
+
 /// The running workers.
 #[derive(Debug, Clone)]
 pub struct Workers {
     tailers: Vec<watch::Receiver<TailerStatus>>,
+    kafka: Option<KafkaQueue>,
 }
 
 impl Workers {
-    /// Starts a tailer and a trimmer for each partition of the ledger, and the expiry and release workers. They
-    /// end when the token is cancelled, each after the step that it is in.
+    /// Starts the queue's workers and a trimmer for each partition of the ledger, and the expiry and release
+    /// workers. They end when the token is cancelled, each after the step that it is in.
     pub fn spawn(
         store: &OrderStore,
         ledger: &[Client],
         authority: &Authority,
+        queue: &Queue,
         options: &WorkerOptions,
         tracker: &TaskTracker,
         token: &CancellationToken,
     ) -> Workers {
-        let mut tailers = Vec::with_capacity(ledger.len());
-        for (partition, client) in (0u8..).zip(ledger) {
-            let link = Link { partition, client: client.clone(), authority: authority.clone() };
-            let (tailer, status) = Tailer::new(store.clone(), link.clone(), options);
-            tailers.push(status);
-            let tailer = Arc::new(tailer);
-            supervise("order tailer", tracker, token, move |token| {
-                let tailer = Arc::clone(&tailer);
-                async move { tailer.run(token).await }
-            });
+        let links: Vec<Link> = (0u8..)
+            .zip(ledger)
+            .map(|(partition, client)| Link {
+                partition,
+                client: client.clone(),
+                authority: authority.clone(),
+            })
+            .collect();
+        let mut tailers = Vec::new();
+        let mut kafka = None;
+        match queue {
+            Queue::Outbox => {
+                for link in &links {
+                    let (tailer, status) = Tailer::new(store.clone(), link.clone(), options);
+                    tailers.push(status);
+                    let tailer = Arc::new(tailer);
+                    supervise("order tailer", tracker, token, move |token| {
+                        let tailer = Arc::clone(&tailer);
+                        async move { tailer.run(token).await }
+                    });
+                }
+            }
+            Queue::Kafka(kafka_options) => {
+                let batch = options.store_batch.max(1);
+                kafka = Some(KafkaQueue::spawn(store, &links, kafka_options, batch, tracker, token));
+            }
+        }
+        for link in links.iter().cloned() {
             let trim = Arc::new(Trim::new(store.clone(), link, options));
             supervise("outbox trim", tracker, token, move |token| {
                 let trim = Arc::clone(&trim);
@@ -118,20 +148,34 @@ impl Workers {
             let expiry = Arc::clone(&expiry);
             async move { expiry.run(token).await }
         });
-        let links = (0u8..)
-            .zip(ledger)
-            .map(|(partition, client)| Link {
-                partition,
-                client: client.clone(),
-                authority: authority.clone(),
-            })
-            .collect();
         let releases = Arc::new(Releases::new(store.clone(), links, options));
         supervise("order releases", tracker, token, move |token| {
             let releases = Arc::clone(&releases);
             async move { releases.run(token).await }
         });
-        Workers { tailers }
+        Workers { tailers, kafka }
+    }
+
+    /// The name of the queue.
+    pub fn queue(&self) -> &'static str {
+        if self.kafka.is_some() { "kafka" } else { "outbox" }
+    }
+
+    /// What the queue waits for, if for anything: nothing is lost meanwhile, but orders come late.
+    pub fn waiting(&self) -> Vec<String> {
+        let tailers = self.tailers.iter().filter_map(|tailer| match &*tailer.borrow() {
+            TailerStatus::Starting | TailerStatus::Following { .. } => None,
+            TailerStatus::Waiting { reason } => Some(reason.clone()),
+            TailerStatus::RolledBack { position, ledger } => {
+                Some(format!("the ledger ends at {ledger}, but entries up to {position} are stored"))
+            }
+        });
+        tailers.chain(self.kafka.iter().flat_map(KafkaQueue::waiting)).collect()
+    }
+
+    /// How the Kafka queue stands, where it is the queue.
+    pub fn kafka(&self) -> Option<&KafkaQueue> {
+        self.kafka.as_ref()
     }
 
     /// How the tailer of a partition stands, and every change of it.
@@ -189,7 +233,7 @@ impl Streak {
 }
 
 /// Runs a worker, and runs it again should it panic: its state is in the database.
-fn supervise<F, R>(name: &'static str, tracker: &TaskTracker, token: &CancellationToken, run: R)
+pub(super) fn supervise<F, R>(name: &'static str, tracker: &TaskTracker, token: &CancellationToken, run: R)
 where
     F: Future<Output = ()> + Send + 'static,
     R: Fn(CancellationToken) -> F + Send + 'static,

@@ -89,6 +89,7 @@ impl World {
             &orders,
             &[self.server.client()],
             &authority,
+            &crate::orders::Queue::Outbox,
             &WorkerOptions::default(),
             &tracker,
             &token,

@@ -125,7 +125,15 @@ impl Shop {
         let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
         let database = format!("sqlite:{}", dir.path().join("orders.db").display());
         let orders = OrderStore::open(&database, StoreOptions::new(a.clone())).await.unwrap();
-        Workers::spawn(&orders, &[redis.client()], &authority, &WorkerOptions::default(), &tracker, &stop);
+        let workers = Workers::spawn(
+            &orders,
+            &[redis.client()],
+            &authority,
+            &crate::orders::Queue::Outbox,
+            &WorkerOptions::default(),
+            &tracker,
+            &stop,
+        );
         let metrics = Arc::new(Metrics::new());
         let ring = |secret| Ring::new(vec![Key::hs256(None, secret).unwrap()], None, "sub");
         let tokens = Arc::new(Tokens::new(ring(USERS), ring(PAYMENTS), ring(ADMIN)));
@@ -147,6 +155,7 @@ impl Shop {
         let (admin, admin_routes) = super::super::admin_routes(AdminState {
             inventory,
             orders,
+            workers,
             tokens,
             topology,
             authority,

@@ -1,5 +1,7 @@
 //! The order store on real SQLite files, the workers on a real redis-server.
 
+mod both_queues;
+mod kafka;
 mod lifecycle;
 mod queues;
 mod store;

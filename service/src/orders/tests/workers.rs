@@ -17,21 +17,21 @@ use crate::orders::expiry::Expiry;
 use crate::orders::releases::Releases;
 use crate::orders::trim::Trim;
 use crate::orders::workers::Link;
-use crate::orders::{TailerStatus, WorkerOptions, Workers};
+use crate::orders::{Queue, TailerStatus, WorkerOptions, Workers};
 use crate::topology::Authority;
 
-const DEADLINE: Duration = Duration::from_secs(30);
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// A ledger with a sale of 1000 units, and the order store beside it.
-struct Shop {
-    redis: RedisServer,
-    conn: MultiplexedConnection,
-    fence: Fence,
-    db: Fixture,
+pub(super) struct Shop {
+    pub(super) redis: RedisServer,
+    pub(super) conn: MultiplexedConnection,
+    pub(super) fence: Fence,
+    pub(super) db: Fixture,
 }
 
 impl Shop {
-    async fn open() -> Shop {
+    pub(super) async fn open() -> Shop {
         let redis = RedisServer::start().await;
         let fence = redis.init_ledger().await;
         let conn = redis.connect().await;
@@ -41,7 +41,7 @@ impl Shop {
         shop
     }
 
-    async fn sell(&mut self, id: &str) {
+    pub(super) async fn sell(&mut self, id: &str) {
         let spec: SaleSpec = serde_json::from_value(serde_json::json!({
             "sale_id": id, "kind": "product", "quantity": 1000, "price": 100, "currency": "CNY",
             "per_user_limit": 1000, "payment_ttl_s": 10,
@@ -51,7 +51,7 @@ impl Shop {
     }
 
     /// Buys one unit of a sale for each of these users, in one call.
-    async fn buy(&mut self, id: &str, uids: &[&str]) -> Vec<OrderId> {
+    pub(super) async fn buy(&mut self, id: &str, uids: &[&str]) -> Vec<OrderId> {
         let entries: Vec<ReserveEntry> = uids
             .iter()
             .map(|uid| ReserveEntry {
@@ -70,21 +70,21 @@ impl Shop {
         accepted.collect()
     }
 
-    fn authority(&self) -> Authority {
+    pub(super) fn authority(&self) -> Authority {
         Authority::fixed(self.fence.clone())
     }
 
-    fn link(&self) -> Link {
+    pub(super) fn link(&self) -> Link {
         Link { partition: 0, client: self.redis.client(), authority: self.authority() }
     }
 
-    async fn remaining(&mut self, id: &str) -> u64 {
+    pub(super) async fn remaining(&mut self, id: &str) -> u64 {
         let found = read::sale(&mut self.conn, &sale(id)).await.unwrap().unwrap();
         assert_eq!(found.total, found.remaining + found.claimed);
         found.remaining
     }
 
-    async fn stored(&self, id: &str) -> u64 {
+    pub(super) async fn stored(&self, id: &str) -> u64 {
         let counts = self.db.store.counts(None).await.unwrap();
         let Some(counts) = counts.sales.get(&sale(id)) else { return 0 };
         OrderStatus::ALL.iter().map(|status| counts.of(*status).orders).sum()
@@ -92,13 +92,13 @@ impl Shop {
 }
 
 /// Workers that end with the test.
-struct Running {
-    workers: Workers,
+pub(super) struct Running {
+    pub(super) workers: Workers,
     tracker: TaskTracker,
-    token: CancellationToken,
+    pub(super) token: CancellationToken,
 }
 
-fn options() -> WorkerOptions {
+pub(super) fn options() -> WorkerOptions {
     WorkerOptions {
         store_batch: 16,
         expiry_interval_ms: 10,
@@ -109,13 +109,27 @@ fn options() -> WorkerOptions {
 }
 
 fn start(store: &OrderStore, client: Client, authority: &Authority) -> Running {
+    start_with(store, client, authority, &Queue::Outbox)
+}
+
+pub(super) fn start_with(
+    store: &OrderStore,
+    client: Client,
+    authority: &Authority,
+    queue: &Queue,
+) -> Running {
     let (tracker, token) = (TaskTracker::new(), CancellationToken::new());
-    let workers = Workers::spawn(store, &[client], authority, &options(), &tracker, &token);
+    let workers = Workers::spawn(store, &[client], authority, queue, &options(), &tracker, &token);
     Running { workers, tracker, token }
 }
 
 impl Running {
-    async fn stop(self) {
+    /// Tells the workers to end and does not wait: the next ones meet them.
+    pub(super) fn abandon(self) {
+        self.token.cancel();
+    }
+
+    pub(super) async fn stop(self) {
         self.token.cancel();
         self.tracker.close();
         tokio::time::timeout(DEADLINE, self.tracker.wait()).await.expect("workers end when told to");
@@ -128,7 +142,7 @@ impl Running {
     }
 }
 
-async fn eventually(mut condition: impl AsyncFnMut() -> bool) {
+pub(super) async fn eventually(mut condition: impl AsyncFnMut() -> bool) {
     let deadline = Instant::now() + DEADLINE;
     while !condition().await {
         assert!(Instant::now() < deadline, "it did not come true in time");

@@ -1,0 +1,181 @@
+//! Clients of Kafka, set up for what this service promises.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rdkafka::ClientContext;
+use rdkafka::admin::AdminClient;
+
+use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
+use rdkafka::consumer::{BaseConsumer, ConsumerContext};
+use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::message::DeliveryResult;
+use rdkafka::producer::{BaseRecord, ProducerContext, ThreadedProducer};
+use tokio_util::task::TaskTracker;
+
+use super::progress::Progress;
+use super::record::Outgoing;
+
+/// How long an administrative call, or a look at offsets, may take.
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of records that a consumer fetched and nobody has taken yet; some 100,000 orders.
+const PREFETCH_KIB: &str = "32768";
+/// Bytes in one answer to a fetch, over all partitions.
+const FETCH_BYTES: &str = "8388608";
+/// Bytes of records that wait in a producer.
+const BUFFER_KIB: &str = "131072";
+
+/// Reports what the client library says, quietly: what matters to somebody is told by the worker that uses it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Quiet;
+
+impl ClientContext for Quiet {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        tracing::debug!(?level, facility, message, "librdkafka");
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        tracing::debug!(%error, reason, "librdkafka");
+    }
+}
+
+impl ConsumerContext for Quiet {}
+
+/// The way to a center's brokers, as properties of the client library.
+#[derive(Clone)]
+pub(crate) struct Connection(Arc<[(String, String)]>);
+
+impl Connection {
+    pub(crate) fn new(properties: Vec<(String, String)>) -> Connection {
+        Connection(properties.into())
+    }
+
+    /// What every client has in common.
+    pub(super) fn client(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        for (name, value) in &*self.0 {
+            config.set(name, value);
+        }
+        config
+            .set("client.id", "seckill")
+            .set("socket.keepalive.enable", "true")
+            // A broker that comes back is found within two seconds.
+            .set("reconnect.backoff.ms", "100")
+            .set("reconnect.backoff.max.ms", "2000")
+            .set_log_level(RDKafkaLogLevel::Warning);
+        config
+    }
+
+    /// A consumer of partitions that are assigned to it by hand, from offsets that the caller keeps.
+    pub(super) fn consumer(&self) -> KafkaResult<BaseConsumer<Quiet>> {
+        let mut config = self.client();
+        config
+            // The library wants one for assignments; nothing is committed there and nobody joins it.
+            .set("group.id", "seckill")
+            .set("enable.auto.commit", "false")
+            .set("enable.auto.offset.store", "false")
+            // Records that are gone are an error, never a reason to begin somewhere else.
+            .set("auto.offset.reset", "error")
+            .set("allow.auto.create.topics", "false")
+            .set("isolation.level", "read_committed")
+            // Whoever reads may wait for the order database for long.
+            .set("max.poll.interval.ms", "86400000")
+            .set("queued.max.messages.kbytes", PREFETCH_KIB)
+            .set("fetch.max.bytes", FETCH_BYTES)
+            .set("fetch.queue.backoff.ms", "20")
+            .set("fetch.error.backoff.ms", "100");
+        BaseConsumer::from_config_and_context(&config, Quiet)
+    }
+
+    /// A producer whose records arrive once, in order and on every replica in sync, however long it takes.
+    pub(super) fn sender(&self, progress: &Arc<Progress>, tracker: &TaskTracker) -> KafkaResult<Sender> {
+        let mut config = self.client();
+        config
+            .set("enable.idempotence", "true")
+            .set("enable.gapless.guarantee", "true")
+            .set("acks", "all")
+            // Giving up on a record would leave a gap that later ones pass.
+            .set("message.timeout.ms", "0")
+            .set("linger.ms", "5")
+            .set("compression.type", "lz4")
+            .set("queue.buffering.max.messages", "1000000")
+            .set("queue.buffering.max.kbytes", BUFFER_KIB);
+        let acknowledgements = Acknowledgements(Arc::clone(progress));
+        let producer = ThreadedProducer::from_config_and_context(&config, acknowledgements)?;
+        Ok(Sender { producer: Some(producer), tracker: tracker.clone() })
+    }
+
+    pub(super) fn admin(&self) -> KafkaResult<AdminClient<Quiet>> {
+        AdminClient::from_config_and_context(&self.client(), Quiet)
+    }
+}
+
+/// Hands the library's delivery reports over.
+pub(super) struct Acknowledgements(Arc<Progress>);
+
+impl ClientContext for Acknowledgements {
+    fn log(&self, level: RDKafkaLogLevel, facility: &str, message: &str) {
+        Quiet.log(level, facility, message);
+    }
+
+    fn error(&self, error: KafkaError, reason: &str) {
+        Quiet.error(error, reason);
+    }
+}
+
+impl ProducerContext for Acknowledgements {
+    type DeliveryOpaque = usize;
+
+    fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
+        match result {
+            Ok(_) => self.0.acknowledged(number),
+            Err((error, _)) => self.0.fail(error.to_string()),
+        }
+    }
+}
+
+/// Sends records without waiting for their acknowledgements.
+pub(super) struct Sender {
+    // `None` only while it is being dropped.
+    producer: Option<ThreadedProducer<Acknowledgements>>,
+    tracker: TaskTracker,
+}
+
+impl Sender {
+    /// Puts a record into the library's queue. `false` if that is full: it has to be given again.
+    pub(super) fn send(
+        &self,
+        topic: &str,
+        partition: i32,
+        record: &Outgoing,
+        number: usize,
+    ) -> KafkaResult<bool> {
+        let Some(producer) = &self.producer else { return Err(KafkaError::Canceled) };
+        let mut to =
+            BaseRecord::with_opaque_to(topic, number).partition(partition).headers(record.headers.clone());
+        if let Some(key) = &record.key {
+            to = to.key(&key[..]);
+        }
+        if let Some(content) = &record.content {
+            to = to.payload(&content[..]);
+        }
+        match producer.send(to) {
+            Ok(()) => Ok(true),
+            Err((error, _))
+                if error.rdkafka_error_code() == Some(rdkafka::error::RDKafkaErrorCode::QueueFull) =>
+            {
+                Ok(false)
+            }
+            Err((error, _)) => Err(error),
+        }
+    }
+}
+
+impl Drop for Sender {
+    fn drop(&mut self) {
+        if let Some(producer) = self.producer.take() {
+            // Its threads are joined, which takes a moment.
+            self.tracker.spawn_blocking(move || drop(producer));
+        }
+    }
+}

@@ -1,0 +1,298 @@
+//! The Kafka queue on a real broker.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use rdkafka::ClientConfig;
+use rdkafka::admin::{AdminClient, AdminOptions, NewTopic, TopicReplication};
+use rdkafka::client::DefaultClientContext;
+use rdkafka::consumer::{BaseConsumer, Consumer as _};
+use rdkafka::message::{Header, Headers as _, Message as _, OwnedHeaders};
+use rdkafka::producer::{FutureProducer, FutureRecord};
+use seckill_domain::Shard;
+use seckill_ledger::LedgerId;
+use tokio::sync::watch;
+
+use super::workers::{Shop, eventually, start_with};
+use super::*;
+use crate::orders::{Advance, ConsumerStatus, KafkaMetrics, KafkaOptions, Origin, Queue, StoreBatch};
+use crate::topology::{Center, Limits, Topology};
+
+/// Topics of a test's own on the broker that all tests share.
+pub(super) struct KafkaLine {
+    bootstrap: String,
+    prefix: String,
+    topology: watch::Sender<Arc<Topology>>,
+    pub(super) metrics: KafkaMetrics,
+}
+
+fn center(id: &str) -> CenterId {
+    CenterId::new(id).unwrap()
+}
+
+fn topology() -> Topology {
+    let url = "http://127.0.0.1:1".to_owned();
+    let a = Center {
+        number: CenterNumber::new(1).unwrap(),
+        public_url: url.clone(),
+        admin_url: url.clone(),
+        internal_url: url,
+        ledger: Vec::new(),
+        extra: serde_json::Map::new(),
+    };
+    Topology::single(LedgerId::new("test").unwrap(), center("a"), a, Limits::default())
+}
+
+impl KafkaLine {
+    pub(super) async fn new() -> KafkaLine {
+        KafkaLine::at(seckill_parts::shared::kafka().await.unwrap())
+    }
+
+    fn at(bootstrap: String) -> KafkaLine {
+        KafkaLine {
+            bootstrap,
+            prefix: format!("t{:016x}.", rand::random::<u64>()),
+            topology: watch::Sender::new(Arc::new(topology())),
+            metrics: KafkaMetrics::default(),
+        }
+    }
+
+    pub(super) fn options(&self) -> KafkaOptions {
+        let own = vec![("bootstrap.servers".to_owned(), self.bootstrap.clone())];
+        KafkaOptions {
+            center: center("a"),
+            centers: BTreeMap::from([(center("a"), own)]),
+            topic_prefix: self.prefix.clone(),
+            replication_factor: 1,
+            topology: self.topology.subscribe(),
+            metrics: self.metrics.clone(),
+        }
+    }
+
+    fn queue(&self) -> Queue {
+        Queue::Kafka(self.options())
+    }
+
+    fn config(&self) -> ClientConfig {
+        let mut config = ClientConfig::new();
+        config.set("bootstrap.servers", &self.bootstrap);
+        config
+    }
+
+    fn topic(&self, name: &str) -> String {
+        format!("{}{name}", self.prefix)
+    }
+
+    async fn create(&self, name: &str, partitions: i32, setting: Option<(&str, &str)>) {
+        let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
+        let name = self.topic(name);
+        let mut topic = NewTopic::new(&name, partitions, TopicReplication::Fixed(1));
+        if let Some((setting, value)) = setting {
+            topic = topic.set(setting, value);
+        }
+        for created in admin.create_topics(&[topic], &AdminOptions::new()).await.unwrap() {
+            created.unwrap();
+        }
+    }
+
+    /// Puts a record into the orders topic as another system might.
+    async fn put(&self, partition: i32, key: &str, content: &str, headers: &[(&str, &str)]) {
+        let producer: FutureProducer = self.config().create().unwrap();
+        let topic = self.topic("seckill.orders");
+        let mut all = OwnedHeaders::new();
+        for (name, value) in headers {
+            all = all.insert(Header { key: name, value: Some(*value) });
+        }
+        let record = FutureRecord::to(&topic).partition(partition).key(key).payload(content).headers(all);
+        producer.send(record, Duration::from_secs(20)).await.unwrap();
+    }
+
+    /// Every record of a topic with one partition: key, content, headers.
+    fn read(&self, name: &str, records: usize) -> Vec<(String, String, BTreeMap<String, String>)> {
+        let mut config = self.config();
+        config.set("group.id", "test").set("auto.offset.reset", "earliest");
+        let consumer: BaseConsumer = config.create().unwrap();
+        let mut list = rdkafka::TopicPartitionList::new();
+        list.add_partition_offset(&self.topic(name), 0, rdkafka::Offset::Beginning).unwrap();
+        consumer.assign(&list).unwrap();
+        let mut found = Vec::new();
+        let begin = std::time::Instant::now();
+        while found.len() < records && begin.elapsed() < super::workers::DEADLINE {
+            let Some(Ok(message)) = consumer.poll(Duration::from_millis(100)) else { continue };
+            let text = |bytes: Option<&[u8]>| String::from_utf8_lossy(bytes.unwrap_or_default()).into_owned();
+            let headers = message.headers().into_iter().flat_map(|headers| headers.iter());
+            let headers = headers.map(|header| (header.key.to_owned(), text(header.value))).collect();
+            found.push((text(message.key()), text(message.payload()), headers));
+        }
+        found
+    }
+}
+
+fn content(order: &OrderRecord) -> serde_json::Value {
+    serde_json::json!({
+        "v": 1, "order_id": order.order_id, "uid": order.uid, "sale_id": order.sale_id,
+        "quantity": order.quantity.get(), "accepted_at": order.accepted_at, "terms": &*order.terms,
+    })
+}
+
+fn headers(order: &OrderRecord) -> Vec<(&'static str, String)> {
+    vec![
+        ("ce_type", "seckill.order.accepted".to_owned()),
+        ("seckill_outbox", format!("0/1-{}", order.order_id.seq())),
+    ]
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_poison_record_goes_to_the_dead_letters_and_its_partition_goes_on() {
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::new().await;
+    shop.buy("s", &["bob"]).await;
+    let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+    eventually(async || shop.stored("s").await == 1).await;
+    let bob = order("bob", 700, &product(100, 900));
+    let partition = i32::from(bob.uid.table().shard().number());
+    let good = headers(&bob);
+    let good: Vec<(&str, &str)> = good.iter().map(|(name, value)| (*name, value.as_str())).collect();
+    let changed = |field: &str, value: serde_json::Value| {
+        let mut content = content(&bob);
+        content[field] = value;
+        content.to_string()
+    };
+    let odd = [
+        ("bob", "not JSON".to_owned(), &good[..], partition),
+        ("bob", changed("v", 2.into()), &good[..], partition),
+        ("bob", changed("order_id", "77".into()), &good[..], partition),
+        ("bob", changed("quantity", 0.into()), &good[..], partition),
+        ("bob", changed("terms", serde_json::json!({})), &good[..], partition),
+        ("amy", content(&bob).to_string(), &good[..], partition),
+        ("bob", content(&bob).to_string(), &good[..], (partition + 1) % 64),
+        ("bob", content(&bob).to_string(), &good[..1], partition),
+        ("bob", content(&bob).to_string(), &[], partition),
+        ("bob", content(&bob).to_string(), &[("ce_type", "gift"), ("seckill_outbox", "0/1-700")], partition),
+        (
+            "bob",
+            content(&bob).to_string(),
+            &[("ce_type", "seckill.order.accepted"), ("seckill_outbox", "0/1-9")],
+            partition,
+        ),
+    ];
+    for (key, content, headers, partition) in &odd {
+        line.put(*partition, key, content, headers).await;
+    }
+    // An order of a sale that this ledger never heard of.
+    let mut strange = content(&bob);
+    strange["sale_id"] = "elsewhere".into();
+    line.put(partition, "bob", &strange.to_string(), &good).await;
+    eventually(async || shop.stored("elsewhere").await == 1).await;
+    eventually(async || shop.db.store.counts(None).await.unwrap().unreadable == odd.len() as u64).await;
+    running.stop().await;
+    let letters = line.read("seckill.dead-letter", odd.len());
+    assert_eq!(letters.len(), odd.len());
+    for (key, _, headers) in &letters {
+        assert!(!headers["seckill_reason"].is_empty());
+        assert_eq!(headers["seckill_topic"], line.topic("seckill.orders"));
+        assert!(headers["seckill_offset"].parse::<i64>().is_ok() && !key.is_empty());
+    }
+    assert!(letters.iter().any(|(_, content, _)| content == "not JSON"));
+    assert!(letters.iter().any(|(_, _, headers)| headers["seckill_reason"] == "format version 2"));
+    assert_eq!(line.metrics.dead_letters.get(), odd.len() as u64);
+    let aside = shop.db.store.unreadable(50, None).await.unwrap().items;
+    assert!(aside.iter().all(|one| matches!(one.origin, Origin::Kafka { .. })), "{aside:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_are_cloud_events_and_sales_are_told_to_everybody() {
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::new().await;
+    let order_id = shop.buy("s", &["bob"]).await[0];
+    seckill_ledger::add_stock(&mut shop.conn, &shop.fence, &sale("s"), -5, &[1; 16]).await.unwrap();
+    seckill_ledger::set_state(&mut shop.conn, &shop.fence, &sale("s"), seckill_ledger::StateChange::Pause)
+        .await
+        .unwrap();
+    let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+    eventually(async || shop.stored("s").await == 1).await;
+    let sales = line.read("seckill.sales", 3);
+    running.stop().await;
+    let contents: Vec<serde_json::Value> =
+        sales.iter().map(|(_, content, _)| serde_json::from_str(content).unwrap()).collect();
+    assert_eq!(
+        (&contents[0]["sale"]["sale_id"], &contents[0]["sale"]["quantity"]),
+        (&"s".into(), &1000.into())
+    );
+    assert_eq!(contents[1], serde_json::json!({ "v": 1, "sale_id": "s", "stock_delta": -5 }));
+    assert_eq!(contents[2], serde_json::json!({ "v": 1, "sale_id": "s", "state": "paused" }));
+    for (key, _, headers) in &sales {
+        assert_eq!((key.as_str(), headers["ce_specversion"].as_str()), ("s", "1.0"));
+        assert!(headers["ce_time"].ends_with('Z') && headers["ce_source"].starts_with("/seckill/"));
+        assert_eq!(headers["content-type"], "application/json");
+    }
+    assert!(shop.db.store.order(order_id).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn topics_that_do_not_fit_are_refused_with_the_reason() {
+    let shop = Shop::open().await;
+    for (partitions, setting, said) in [
+        (3, None, "has 3 partitions instead of 64"),
+        (64, Some(("retention.ms", "60000")), "retention.ms=60000 instead of -1"),
+    ] {
+        let line = KafkaLine::new().await;
+        line.create("seckill.orders", partitions, setting).await;
+        let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+        // The consumer and the relay.
+        eventually(async || {
+            let waiting = running.workers.waiting();
+            waiting.len() == 2 && waiting.iter().all(|reason| reason.contains(said))
+        })
+        .await;
+        running.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_that_are_gone_are_never_skipped_in_silence() {
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::new().await;
+    // What this database has stored, the brokers never had: the topic was created anew.
+    let shard = user("bob").table().shard();
+    let advance = Advance::Kafka { shard, from: 0, to: 100, outbox: Vec::new() };
+    shop.db.store.store(StoreBatch { advance: vec![advance], ..StoreBatch::default() }).await.unwrap();
+    let other = ["amy", "eve", "dan"].into_iter().find(|uid| user(uid).table().shard() != shard).unwrap();
+    shop.buy("s", &["bob", other]).await;
+    let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+    eventually(async || shop.stored("s").await == 1).await;
+    let consumer = running.workers.kafka().unwrap().consumer.clone();
+    eventually(
+        async || matches!(&*consumer.borrow(), ConsumerStatus::Following { lost, .. } if *lost == [shard]),
+    )
+    .await;
+    assert_eq!(line.metrics.offsets_lost.get(), 1);
+    assert!(running.workers.waiting()[0].contains(&format!("partitions {shard}:")));
+    running.stop().await;
+    assert_eq!(shop.db.store.position(0).await.unwrap(), OutboxId::ZERO);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_partitions_of_this_centers_shards_are_read() {
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::new().await;
+    let mine = Shard::new(user("bob").table().shard().number()).unwrap();
+    let mut two = topology();
+    let b = two.centers[&center("a")].clone();
+    two.centers.insert(center("b"), Center { number: CenterNumber::new(2).unwrap(), ..b });
+    for shard in Shard::all().filter(|shard| *shard != mine) {
+        two.shard_owners[usize::from(shard.number())] = center("b");
+    }
+    let one = line.topology.send_replace(Arc::new(two));
+    let uids: Vec<String> = (0..64).map(|n| format!("u{n}")).collect();
+    let mut uids: Vec<&str> =
+        uids.iter().map(String::as_str).filter(|uid| user(uid).table().shard() != mine).collect();
+    uids.push("bob");
+    shop.buy("s", &uids).await;
+    let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+    eventually(async || shop.stored("s").await == 1).await;
+    // The shards come home: what is older than the cursor is published for them, too.
+    line.topology.send_replace(one);
+    eventually(async || shop.stored("s").await == uids.len() as u64).await;
+    running.stop().await;
+}
