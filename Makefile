@@ -2,10 +2,10 @@
 
 CARGO ?= cargo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint deny fmt clean
+.PHONY: help setup demo test services services-down cluster compose-check bench lint deny fmt clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 setup: ## Install what is missing: servers, compilers, headers (apt); check the Rust toolchain
 	@scripts/setup.sh
@@ -13,8 +13,21 @@ setup: ## Install what is missing: servers, compilers, headers (apt); check the 
 demo: setup ## 10,000 units, 100,000 buyers, latencies and the audit, on this machine
 	@scripts/demo.sh
 
-test: setup ## Run every test, against a real redis-server and real databases
-	$(CARGO) test --workspace --locked
+test: setup ## Run every test, beside the services: those that run, or a set for this run
+	@CARGO="$(CARGO)" scripts/test.sh
+
+services: setup ## Start Kafka, MariaDB, Redis (for two centers) and etcd on free ports, print where they are
+	@$(CARGO) run --quiet --locked --bin seckill-parts -- up
+
+services-down: ## End exactly the servers that make services started; their data stays
+	@$(CARGO) run --quiet --locked --bin seckill-parts -- down
+
+cluster: setup ## The production shape on one machine: services, and seckill serve for each center of deploy/
+	@CARGO="$(CARGO)" scripts/cluster.sh
+
+compose-check: ## Check docker-compose.yml, where docker compose is installed
+	@if docker compose version >/dev/null 2>&1; then docker compose --file docker-compose.yml config --quiet && \
+		echo "docker-compose.yml is sound"; else echo "docker compose is not installed: not checked"; fi
 
 bench: setup ## Measure the budgets of docs/: a table, and target/bench.json
 	$(CARGO) run --release --locked -p seckill-bench -- --output target/bench.json
