@@ -14,7 +14,7 @@ demo: setup ## 10,000 units, 100,000 buyers, latencies and the audit, on this ma
 	@scripts/demo.sh
 
 test: setup ## Run every test, beside the services: those that run, or a set for this run
-	@CARGO="$(CARGO)" scripts/test.sh
+	@exec env CARGO="$(CARGO)" scripts/test.sh
 
 services: setup ## Start Kafka, MariaDB, Redis (for two centers) and etcd on free ports, print where they are
 	@$(CARGO) run --quiet --locked --bin seckill-parts -- up
@@ -23,7 +23,7 @@ services-down: ## End exactly the servers that make services started; their data
 	@$(CARGO) run --quiet --locked --bin seckill-parts -- down
 
 cluster: setup ## The production shape on one machine: services, and seckill serve for each center of deploy/
-	@CARGO="$(CARGO)" scripts/cluster.sh
+	@exec env CARGO="$(CARGO)" scripts/cluster.sh
 
 compose-check: ## Check docker-compose.yml, where docker compose is installed
 	@if docker compose version >/dev/null 2>&1; then docker compose --file docker-compose.yml config --quiet && \

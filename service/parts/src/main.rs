@@ -1,5 +1,6 @@
 //! `make services`: starts, shows and ends the servers that seckill stands on.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -48,7 +49,7 @@ async fn main() -> anyhow::Result<ExitCode> {
             match up {
                 Up::Started(services) => print(&services, &dir),
                 Up::Running(services) => {
-                    println!("the services run already");
+                    say("the services run already");
                     print(&services, &dir);
                 }
             }
@@ -56,12 +57,13 @@ async fn main() -> anyhow::Result<ExitCode> {
         }
         Command::Down { purge } => {
             let ended = services::down(&dir, purge).await?;
-            println!("ended {ended} processes");
+            say(&format!("ended {ended} processes"));
             Ok(ExitCode::SUCCESS)
         }
         Command::Status => {
             for (name, process, alive) in services::processes(&dir)? {
-                println!("{name}: process {} {}", process.pid, if alive { "runs" } else { "is gone" });
+                let is = if alive { "runs" } else { "is gone" };
+                say(&format!("{name}: process {} {is}", process.pid));
             }
             match services::running(&dir) {
                 Some(services) => {
@@ -69,7 +71,7 @@ async fn main() -> anyhow::Result<ExitCode> {
                     Ok(ExitCode::SUCCESS)
                 }
                 None => {
-                    println!("the services do not run");
+                    say("the services do not run");
                     Ok(ExitCode::FAILURE)
                 }
             }
@@ -85,7 +87,12 @@ async fn abandon(dir: &std::path::Path) -> anyhow::Result<ExitCode> {
 
 fn print(services: &Services, dir: &std::path::Path) {
     for (name, value) in services.variables() {
-        println!("{name}={value}");
+        say(&format!("{name}={value}"));
     }
-    println!("for a shell: . {}", dir.join("env").display());
+    say(&format!("for a shell: . {}", dir.join("env").display()));
+}
+
+/// Prints a line. A reader who went away (`| head`) does not matter: the exit code says what happened.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stdout(), "{line}");
 }
