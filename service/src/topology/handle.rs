@@ -55,6 +55,8 @@ struct Latest {
     revision: Revision,
     /// When this revision was first seen.
     seen_ns: u64,
+    /// The last revision that the authority was confirmed by: older than `revision` while only a watch told it.
+    confirmed: Revision,
     /// Before the last confirming read was sent.
     since_ns: u64,
 }
@@ -97,7 +99,8 @@ impl TopologyHandle {
             (found, _) => found?,
         };
         authority.confirm(&found.topology, since_ns);
-        let latest = Latest { revision: found.revision, seen_ns: boottime_ns(), since_ns };
+        let latest =
+            Latest { revision: found.revision, seen_ns: boottime_ns(), confirmed: found.revision, since_ns };
         Ok(TopologyHandle {
             shared: Arc::new(Shared {
                 store,
@@ -248,7 +251,8 @@ impl Shared {
             }
             return Ok(());
         }
-        if found.revision > latest.revision || since_ns > latest.since_ns {
+        if found.revision > latest.confirmed || since_ns > latest.since_ns {
+            latest.confirmed = found.revision;
             latest.since_ns = since_ns;
             self.authority.confirm(&found.topology, since_ns);
         }

@@ -1,4 +1,7 @@
-//! The store's behaviour (every store has to pass this), and the lease.
+//! What is the file store's alone, and the lease.
+
+mod etcd;
+mod stores;
 
 use std::time::{Duration, Instant};
 
@@ -33,75 +36,6 @@ async fn eventually(what: &str, mut check: impl FnMut() -> bool) {
         assert!(Instant::now() < deadline, "waited in vain: {what}");
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-}
-
-#[test]
-fn a_document_is_created_once_and_changed_only_by_who_saw_the_latest() {
-    let (_dir, store) = store();
-    assert!(matches!(store.load(), Err(StoreError::Missing { .. })));
-    let mut topology = document();
-    let first = store.compare_and_set(None, &topology).unwrap();
-    assert!(
-        matches!(store.compare_and_set(None, &topology), Err(StoreError::Conflict { found: Some(found) }) if found == first)
-    );
-    topology.epoch = Epoch(1);
-    let second = store.compare_and_set(Some(first), &topology).unwrap();
-    assert!(second > first);
-    topology.epoch = Epoch(2);
-    assert!(matches!(store.compare_and_set(Some(first), &topology), Err(StoreError::Conflict { .. })));
-    let found = store.load().unwrap();
-    assert_eq!((found.revision, found.topology.epoch), (second, Epoch(1)));
-}
-
-#[test]
-fn every_field_is_read_back_as_it_was_written() {
-    let (_dir, store) = store();
-    let mut topology = document();
-    let run = LedgerRun { run_id: "r".to_owned(), epoch: Epoch(3), extra: Extra::new() };
-    topology.ledger_runs.insert(0, run);
-    topology.adopting.insert(0);
-    topology.in_sync.push(InSync {
-        center: topology.master.clone(),
-        run_id: "r".to_owned(),
-        extra: Extra::new(),
-    });
-    topology.blocked_shards.push(seckill_domain::Shard::new(63).unwrap());
-    topology.limits.per_sale = Rate::new(7, 8);
-    store.compare_and_set(None, &topology).unwrap();
-    assert_eq!(*store.load().unwrap().topology, topology);
-}
-
-#[test]
-fn of_two_writers_none_loses_a_change_and_no_reader_sees_half_of_one() {
-    let (_dir, store) = store();
-    store.compare_and_set(None, &document()).unwrap();
-    const CHANGES: u64 = 50;
-    std::thread::scope(|scope| {
-        for _ in 0..2 {
-            scope.spawn(|| {
-                let mut done = 0;
-                while done < CHANGES {
-                    let found = store.load().unwrap();
-                    let mut next = Topology::clone(&found.topology);
-                    next.epoch = next.epoch.next();
-                    match store.compare_and_set(Some(found.revision), &next) {
-                        Ok(_) => done += 1,
-                        Err(StoreError::Conflict { .. }) => {}
-                        Err(error) => panic!("{error}"),
-                    }
-                }
-            });
-        }
-        scope.spawn(|| {
-            let mut last = Epoch(0);
-            while last < Epoch(2 * CHANGES) {
-                let epoch = store.load().unwrap().topology.epoch;
-                assert!(epoch >= last, "an older document came back");
-                last = epoch;
-            }
-        });
-    });
-    assert_eq!(store.load().unwrap().topology.epoch, Epoch(2 * CHANGES));
 }
 
 #[test]
@@ -173,41 +107,6 @@ impl Drop for Service {
     fn drop(&mut self) {
         self.token.cancel();
     }
-}
-
-#[tokio::test]
-async fn subscribers_see_a_change_that_another_process_made() {
-    let service = Service::start(Duration::from_secs(5)).await;
-    let mut changes = service.handle.subscribe();
-    let found = service.store.load().unwrap();
-    let mut next = Topology::clone(&found.topology);
-    next.limits.per_user = None;
-    service.store.compare_and_set(Some(found.revision), &next).unwrap();
-    tokio::time::timeout(Duration::from_secs(20), changes.changed()).await.unwrap().unwrap();
-    assert_eq!(changes.borrow().limits.per_user, None);
-    assert_eq!(service.handle.current().limits.per_user, None);
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn changes_made_at_once_all_happen() {
-    let service = Service::start(Duration::from_secs(5)).await;
-    let other = TopologyHandle::open(service.store.clone(), service.authority.clone()).await.unwrap();
-    let mut tasks = tokio::task::JoinSet::new();
-    for n in 0..20 {
-        let handle = if n % 2 == 0 { service.handle.clone() } else { other.clone() };
-        tasks.spawn(async move {
-            handle
-                .update(|topology| {
-                    topology.epoch = topology.epoch.next();
-                    Ok::<_, ()>(topology.epoch)
-                })
-                .await
-                .unwrap()
-        });
-    }
-    let mut epochs: Vec<Epoch> = tasks.join_all().await;
-    epochs.sort();
-    assert_eq!(epochs, (1..=20).map(Epoch).collect::<Vec<_>>());
 }
 
 #[tokio::test]
