@@ -8,6 +8,7 @@ mod crash;
 mod inventory;
 mod ledger_lost;
 mod lifecycle;
+mod proxy;
 mod race;
 mod support;
 mod up;
