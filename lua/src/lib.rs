@@ -15,6 +15,7 @@ pub mod keys;
 pub mod outbox;
 pub mod read;
 mod release;
+pub mod replication;
 mod reply;
 mod reserve;
 pub mod roles;

@@ -167,24 +167,47 @@ pub async fn find_order(
     epoch: u64,
     order_id: OrderId,
 ) -> Result<Option<OrderRecord>, Error> {
+    Ok(find_order_there(conn, epoch, order_id).await?.map(|found| found.order))
+}
+
+/// As [`find_order`], together with what the server was at that moment (R1).
+pub async fn find_order_there(
+    conn: &mut impl ConnectionLike,
+    epoch: u64,
+    order_id: OrderId,
+) -> Result<Option<FoundOrder>, Error> {
     let shown = u64::from(order_id.head() % 10_000);
     let Some(epoch) =
         (epoch + 10_000 - shown).checked_rem(10_000).and_then(|behind| epoch.checked_sub(behind))
     else {
         return Ok(None);
     };
-    let entries: Value = redis::cmd("XRANGE")
-        .arg(keys::OUTBOX)
-        .arg(format!("{epoch}-{}", order_id.seq()))
-        .arg("+")
-        .arg("COUNT")
-        .arg(1)
-        .query_async(conn)
-        .await?;
-    Ok(parse_entries(entries)?.into_iter().find_map(|entry| match entry.event {
-        Ok(Event::Orders(orders)) => orders.into_iter().find(|order| order.order_id == order_id),
-        _ => None,
-    }))
+    let mut range = redis::cmd("XRANGE");
+    range.arg(keys::OUTBOX).arg(format!("{epoch}-{}", order_id.seq())).arg("+").arg("COUNT").arg(1);
+    let (moment, entries) = roles::at_once(conn, range).await?;
+    let found = parse_entries(entries)?.into_iter().find_map(|entry| match entry.event {
+        Ok(Event::Orders(orders)) => {
+            let order = orders.into_iter().find(|order| order.order_id == order_id)?;
+            Some((entry.id, order))
+        }
+        Ok(Event::Released { .. } | Event::Sale(_) | Event::SaleChanged(_) | Event::Epoch(_)) | Err(_) => {
+            None
+        }
+    });
+    Ok(found.map(|(id, order)| FoundOrder { role: moment.role, fence: moment.fence, id, order }))
+}
+
+/// An accepted order as the outbox has it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct FoundOrder {
+    /// What the server was.
+    pub role: Role,
+    /// Its fence.
+    pub fence: Option<String>,
+    /// The entry's id.
+    pub id: OutboxId,
+    /// The order.
+    pub order: OrderRecord,
 }
 
 fn parse_entries(value: Value) -> Result<Vec<Entry>, Error> {

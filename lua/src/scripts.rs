@@ -53,6 +53,11 @@ impl Call {
         self
     }
 
+    /// The bare command, for a pipeline whose connection has the script already.
+    pub(crate) fn into_cmd(self) -> Cmd {
+        self.cmd
+    }
+
     pub(crate) fn push(&mut self, arg: impl redis::ToRedisArgs) {
         self.cmd.arg(arg);
     }

@@ -351,6 +351,7 @@ impl From<PurchaseError> for Problem {
             // The reason is for operators: it is in the log, in the metrics and in /readyz.
             PurchaseError::NoAuthority(_) => Problem::new(Code::NoAuthority).executed(Executed::No),
             PurchaseError::LedgerFull => Problem::new(Code::LedgerFull).executed(Executed::No),
+            PurchaseError::NotReplicated => Problem::new(Code::NotReplicated).executed(Executed::Unknown),
             PurchaseError::MasterUnreachable { executed } => {
                 Problem::new(Code::MasterUnreachable).executed(executed)
             }
@@ -365,6 +366,7 @@ impl From<Unavailable> for Problem {
             Unavailable::NoAuthority(reason) => {
                 Problem::with_detail(Code::NoAuthority, reason.to_string()).executed(executed)
             }
+            Unavailable::NotReplicated => Problem::new(Code::NotReplicated).executed(executed),
             Unavailable::Ledger(seckill_ledger::Error::Full) => {
                 Problem::new(Code::LedgerFull).executed(executed)
             }

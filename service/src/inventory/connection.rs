@@ -1,5 +1,6 @@
 //! Connections to the ledger: one of its own for each lane and reader, and a pool for everything else.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool_redis::{Manager, Pool, Runtime, Timeouts};
@@ -40,6 +41,27 @@ impl Target {
             .set_connection_timeout(Some(CONNECT_TIMEOUT))
             .set_response_timeout(Some(self.response_timeout));
         Ok(self.client.get_multiplexed_async_connection_with_config(&config).await?)
+    }
+
+    /// Opens a connection and says which run of the server it leads to. Where the guardian admitted another run
+    /// (`admitted`), nothing may be written through it.
+    pub(super) async fn connect_to(
+        &self,
+        admitted: Option<&str>,
+    ) -> Result<(MultiplexedConnection, Arc<str>), seckill_ledger::Error> {
+        let mut conn = self.connect().await?;
+        let run_id = seckill_ledger::roles::standing(&mut conn).await?.run_id;
+        match admitted {
+            Some(admitted) if admitted != run_id => {
+                Err(seckill_ledger::Error::Rejected("this run of the server was not admitted".to_owned()))
+            }
+            _ => Ok((conn, Arc::from(run_id))),
+        }
+    }
+
+    /// The same server, with another response timeout.
+    pub(super) fn with_response_timeout(&self, response_timeout: Duration) -> Target {
+        Target { response_timeout, ..self.clone() }
     }
 
     /// Subscribes to the ledger's news.

@@ -49,6 +49,9 @@ pub enum PurchaseError {
     /// The ledger's memory bound is reached. Nothing happened.
     #[error("the ledger is full")]
     LedgerFull,
+    /// The ledger has it, but the other center did not confirm it in time: it may or may not survive.
+    #[error("the other center did not confirm it in time")]
+    NotReplicated,
     /// The ledger did not answer in time.
     #[error("the ledger cannot be reached")]
     MasterUnreachable {
@@ -69,6 +72,9 @@ pub enum Unavailable {
     /// This service may not write to the ledger now.
     #[error("no authority over the ledger: {0}")]
     NoAuthority(Arc<str>),
+    /// The ledger has the change, but the other center did not confirm it in time: it may or may not survive (K4).
+    #[error("the other center did not confirm the change in time")]
+    NotReplicated,
 }
 
 impl Unavailable {
@@ -76,6 +82,7 @@ impl Unavailable {
     pub fn executed(&self) -> Executed {
         match self {
             Unavailable::Ledger(error) => error.executed(),
+            Unavailable::NotReplicated => Executed::Unknown,
             Unavailable::Pool(_) | Unavailable::NoAuthority(_) => Executed::No,
         }
     }

@@ -2,9 +2,26 @@
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
 
-/// Counters and gauges of the inventory.
+/// A histogram from 0.5 ms to 2 s: between one rack and the bound of a wait.
+#[derive(Debug)]
+pub struct BarrierSeconds(Histogram);
+
+impl BarrierSeconds {
+    pub(super) fn observe(&self, seconds: f64) {
+        self.0.observe(seconds);
+    }
+}
+
+impl Default for BarrierSeconds {
+    fn default() -> Self {
+        BarrierSeconds(Histogram::new(exponential_buckets(0.0005, 2.0, 13)))
+    }
+}
+
+/// Counters, gauges and histograms of the inventory.
 #[derive(Debug, Default)]
 pub struct InventoryMetrics {
     /// Calls of `reserve`.
@@ -19,6 +36,12 @@ pub struct InventoryMetrics {
     pub marker_hits: Counter,
     /// Purchases that wait in a lane.
     pub waiting: Gauge,
+    /// How long barriers took whose replicas confirmed, seconds.
+    pub barrier_seconds: BarrierSeconds,
+    /// Writes that wait for the next barrier.
+    pub barrier_waiting: Gauge,
+    /// Barriers after which nobody knew whether the replicas have what was written.
+    pub barrier_unknown: Counter,
     /// Snapshots that failed.
     pub snapshot_failures: Counter,
     /// Age of the master's last heartbeat at the last snapshot, milliseconds.
@@ -46,6 +69,21 @@ impl InventoryMetrics {
             self.marker_hits.clone(),
         );
         registry.register("lane_waiting_purchases", "Purchases waiting in lanes", self.waiting.clone());
+        registry.register(
+            "ledger_barrier_seconds",
+            "How long the replicas took to confirm",
+            self.barrier_seconds.0.clone(),
+        );
+        registry.register(
+            "ledger_barrier_waiting",
+            "Writes that wait for the next barrier",
+            self.barrier_waiting.clone(),
+        );
+        registry.register(
+            "ledger_barrier_unknown",
+            "Barriers that the replicas did not confirm",
+            self.barrier_unknown.clone(),
+        );
         registry.register(
             "snapshot_failures",
             "Snapshots of the sales that failed",

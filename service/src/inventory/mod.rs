@@ -4,6 +4,7 @@
 //! ([`lane`]) that decides it in a batch with others in one call of the ledger. Reads come from a snapshot in
 //! this process ([`snapshot`]). What the shop does to its sales goes through [`sales`].
 
+mod barrier;
 mod connection;
 mod error;
 mod lane;
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+pub use barrier::{Barrier, Unconfirmed};
 pub use connection::{LedgerPool, ledger_pool};
 pub use error::{PurchaseError, SaleError, Unavailable};
 pub use metrics::InventoryMetrics;
@@ -69,6 +71,7 @@ struct Inner {
     snapshots: watch::Receiver<u64>,
     view: Arc<arc_swap::ArcSwap<SalesView>>,
     pool: LedgerPool,
+    barrier: barrier::WeakBarrier,
     topology: TopologyHandle,
     authority: Authority,
     metrics: Arc<InventoryMetrics>,
@@ -117,10 +120,12 @@ impl Inventory {
             tracker,
             (stop, fatal),
         );
+        let barrier = Barrier::start(&target, &parts.authority, &metrics, tracker, fatal);
         let route = || route::Route {
             authority: parts.authority.clone(),
             local: local::Local::new(
                 target.clone(),
+                barrier.clone(),
                 parts.authority.clone(),
                 Arc::clone(&sold_out),
                 Arc::clone(&metrics),
@@ -134,6 +139,7 @@ impl Inventory {
             snapshots,
             view,
             pool,
+            barrier: barrier.downgrade(),
             topology: parts.topology.clone(),
             authority: parts.authority.clone(),
             metrics,

@@ -10,7 +10,7 @@ use seckill_ledger::ReserveEntry;
 
 use super::error::PurchaseError;
 use super::local::Local;
-use crate::topology::Authority;
+use crate::topology::{Acknowledge, Authority, Cause};
 
 /// What one attempt came to for one purchase.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,10 +34,13 @@ pub(super) enum Verdict {
 pub(super) enum Attempt {
     /// It is over.
     Done(Vec<Verdict>),
-    #[expect(dead_code, reason = "for deciders whose answer takes longer than the lane may be held up")]
-    /// The rest of it needs nothing of the lane, which goes on with its next batch. The future ends in bounded
-    /// time by itself, with [`Verdict::Unknown`] where it has to.
-    Pending(BoxFuture<'static, Vec<Verdict>>),
+    /// It needs nothing more of the lane, which goes on with its next batch.
+    Pending {
+        /// The rest of it. It ends in bounded time by itself, with [`Verdict::Unknown`] where it has to.
+        rest: BoxFuture<'static, Vec<Verdict>>,
+        /// What a purchase is answered with whose deadline passes first.
+        late: PurchaseError,
+    },
 }
 
 impl Attempt {
@@ -54,6 +57,15 @@ pub(super) struct Route {
 }
 
 impl Route {
+    /// Whether an acknowledgement waits for another center in any case, so that a short wait for more purchases
+    /// is hardly felt.
+    pub(super) fn pays_round_trip(&self) -> bool {
+        match self.authority.grant() {
+            Ok(grant) => matches!(grant.acknowledge, Acknowledge::Replicated { .. }),
+            Err(refusal) => refusal.cause == Cause::NotMaster,
+        }
+    }
+
     /// Attempts a batch of one sale with the decider that the topology names now: this center's Redis while the
     /// authority grants writes to it. `Cause::NotMaster` is where another center's decider takes over.
     pub(super) async fn attempt(&mut self, sale: &SaleId, entries: Vec<ReserveEntry>) -> Attempt {

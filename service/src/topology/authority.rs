@@ -296,6 +296,23 @@ impl Authority {
         }
     }
 
+    /// The fence of the topology as it was confirmed within the lease, whoever is the master: what the data of a
+    /// server has to carry before readers may use it (R1). It permits no write.
+    pub fn confirmed(&self) -> Result<Fence, NoAuthority> {
+        if self.shared.center.is_none() {
+            return self.grant().map(|grant| grant.fence.clone());
+        }
+        match &self.inputs().confirmed {
+            Some(Confirmation { topology, since_ns })
+                if boottime_ns() < since_ns.saturating_add(self.shared.lease_ns) =>
+            {
+                Ok(topology.fence())
+            }
+            Some(_) => Err(NoAuthority::clone(&self.shared.lapsed.load())),
+            None => Err(NoAuthority::new(Cause::Starting, "the topology has not been read yet")),
+        }
+    }
+
     /// Follows the answer. A lease that ran out shows up here within one confirmation interval.
     pub fn subscribe(&self) -> watch::Receiver<AuthorityStatus> {
         self.shared.status.subscribe()
