@@ -80,6 +80,49 @@ impl RedisServer {
         }
     }
 
+    /// Starts a server that follows `master`, and waits until it is linked.
+    pub async fn start_replica_of(master: &RedisServer) -> RedisServer {
+        let replica = RedisServer::start().await;
+        replica.follow(master).await;
+        replica
+    }
+
+    /// Makes the server a replica of another one, and waits until it is linked.
+    pub async fn follow(&self, master: &RedisServer) {
+        let mut conn = self.connect().await;
+        redis::cmd("REPLICAOF")
+            .arg("127.0.0.1")
+            .arg(master.port())
+            .query_async::<()>(&mut conn)
+            .await
+            .expect("REPLICAOF");
+        let deadline = Instant::now() + START_DEADLINE;
+        loop {
+            let info: String =
+                redis::cmd("INFO").arg("replication").query_async(&mut conn).await.expect("INFO");
+            if info.contains("master_link_status:up") {
+                return;
+            }
+            assert!(Instant::now() < deadline, "the replica does not link: {info}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Stops the process without ending it, as a machine that hangs. [`RedisServer::resume`] lets it go on.
+    pub fn pause(&self) {
+        self.signal("-STOP");
+    }
+
+    /// Lets a paused process go on.
+    pub fn resume(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let status = Command::new("kill").arg(signal).arg(self.pid().to_string()).status();
+        assert!(status.is_ok_and(|status| status.success()), "kill {signal}");
+    }
+
     /// The process, while it runs.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("a running server").id()

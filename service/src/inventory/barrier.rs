@@ -21,7 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::connection::Target;
-use super::metrics::InventoryMetrics;
+use super::metrics::BarrierMetrics;
 use crate::tasks::essential;
 use crate::topology::{Acknowledge, Authority, Grant};
 
@@ -91,7 +91,7 @@ impl Barrier {
     pub(super) fn start(
         target: &Target,
         authority: &Authority,
-        metrics: &Arc<InventoryMetrics>,
+        metrics: &Arc<BarrierMetrics>,
         tracker: &TaskTracker,
         fatal: &CancellationToken,
     ) -> Barrier {
@@ -106,6 +106,17 @@ impl Barrier {
         };
         essential("barrier", tracker, fatal, turns.run(inbox));
         Barrier { tickets, authority: authority.clone() }
+    }
+
+    /// A barrier of the caller's own, for the workers around one server.
+    pub fn open(
+        client: redis::Client,
+        authority: &Authority,
+        tracker: &TaskTracker,
+        fatal: &CancellationToken,
+    ) -> Barrier {
+        let target = Target::of(client, RESPONSE_TIMEOUT);
+        Barrier::start(&target, authority, &Arc::default(), tracker, fatal)
     }
 
     pub(super) fn downgrade(&self) -> WeakBarrier {
@@ -144,7 +155,7 @@ struct Line {
 
 struct Turns {
     target: Target,
-    metrics: Arc<InventoryMetrics>,
+    metrics: Arc<BarrierMetrics>,
     authority: Authority,
     idle: Vec<Line>,
     /// Barriers under way; each gives its line back if it is still good, and says how long its replicas took.
@@ -179,7 +190,7 @@ impl Turns {
                     // In even turns; after a quiet time the first one waited for nobody.
                     next_turn = (next_turn + TURN).max(Instant::now() + TURN / 2);
                     self.send(&mut waiting);
-                    self.metrics.barrier_waiting.set(i64::try_from(waiting.len()).unwrap_or(i64::MAX));
+                    self.metrics.waiting.set(i64::try_from(waiting.len()).unwrap_or(i64::MAX));
                 }
                 taken = inbox.recv_many(&mut waiting, MAX_TICKETS), if open && waiting.len() < MAX_TICKETS => {
                     open = taken > 0;
@@ -218,9 +229,9 @@ impl Turns {
                 }
             };
             if confirmed {
-                metrics.barrier_seconds.observe(took.as_secs_f64());
+                metrics.seconds.observe(took.as_secs_f64());
             } else {
-                metrics.barrier_unknown.inc();
+                metrics.unknown.inc();
                 authority.suspect();
             }
             for ticket in group {

@@ -34,6 +34,11 @@ impl Target {
         Ok(Target { client: client(url)?, response_timeout: Duration::from_millis(response_timeout_ms) })
     }
 
+    /// A server whose client exists already.
+    pub(super) fn of(client: Client, response_timeout: Duration) -> Target {
+        Target { client, response_timeout }
+    }
+
     /// Opens a connection. It does not reconnect: its owner opens another one when it fails, because a timeout
     /// leaves answers behind that nobody waits for.
     pub(super) async fn connect(&self) -> Result<MultiplexedConnection, seckill_ledger::Error> {

@@ -1,5 +1,7 @@
 //! What the lanes and snapshots count.
 
+use std::sync::Arc;
+
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
@@ -21,6 +23,17 @@ impl Default for BarrierSeconds {
     }
 }
 
+/// What a barrier counts.
+#[derive(Debug, Default)]
+pub struct BarrierMetrics {
+    /// How long barriers took whose replicas confirmed, seconds.
+    pub seconds: BarrierSeconds,
+    /// Writes that wait for the next barrier.
+    pub waiting: Gauge,
+    /// Barriers after which nobody knew whether the replicas have what was written.
+    pub unknown: Counter,
+}
+
 /// Counters, gauges and histograms of the inventory.
 #[derive(Debug, Default)]
 pub struct InventoryMetrics {
@@ -36,12 +49,8 @@ pub struct InventoryMetrics {
     pub marker_hits: Counter,
     /// Purchases that wait in a lane.
     pub waiting: Gauge,
-    /// How long barriers took whose replicas confirmed, seconds.
-    pub barrier_seconds: BarrierSeconds,
-    /// Writes that wait for the next barrier.
-    pub barrier_waiting: Gauge,
-    /// Barriers after which nobody knew whether the replicas have what was written.
-    pub barrier_unknown: Counter,
+    /// The barrier that the lanes share.
+    pub barrier: Arc<BarrierMetrics>,
     /// Snapshots that failed.
     pub snapshot_failures: Counter,
     /// Age of the master's last heartbeat at the last snapshot, milliseconds.
@@ -72,17 +81,17 @@ impl InventoryMetrics {
         registry.register(
             "ledger_barrier_seconds",
             "How long the replicas took to confirm",
-            self.barrier_seconds.0.clone(),
+            self.barrier.seconds.0.clone(),
         );
         registry.register(
             "ledger_barrier_waiting",
             "Writes that wait for the next barrier",
-            self.barrier_waiting.clone(),
+            self.barrier.waiting.clone(),
         );
         registry.register(
             "ledger_barrier_unknown",
             "Barriers that the replicas did not confirm",
-            self.barrier_unknown.clone(),
+            self.barrier.unknown.clone(),
         );
         registry.register(
             "snapshot_failures",

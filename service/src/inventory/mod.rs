@@ -14,10 +14,13 @@ mod route;
 mod sales;
 mod snapshot;
 mod sold_out;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 
 use seckill_domain::{CenterId, Epoch, KeyDigest, OrderId, OrderRecord, Quantity, SaleId, Uid};
+use seckill_ledger::roles::Role;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,12 +28,12 @@ use tokio_util::task::TaskTracker;
 pub use barrier::{Barrier, Unconfirmed};
 pub use connection::{LedgerPool, ledger_pool};
 pub use error::{PurchaseError, SaleError, Unavailable};
-pub use metrics::InventoryMetrics;
+pub use metrics::{BarrierMetrics, BarrierSeconds, InventoryMetrics};
 pub use sales::{Archived, Created, SaleChanged, StockChanged};
 pub use snapshot::{SaleView, SalesView};
 
 use crate::config::{InventoryConfig, LedgerConfig};
-use crate::topology::{Authority, TopologyHandle};
+use crate::topology::{Authority, NoAuthority, TopologyHandle};
 
 /// The one inventory partition that exists for now.
 const PARTITION: u8 = 0;
@@ -120,7 +123,7 @@ impl Inventory {
             tracker,
             (stop, fatal),
         );
-        let barrier = Barrier::start(&target, &parts.authority, &metrics, tracker, fatal);
+        let barrier = Barrier::start(&target, &parts.authority, &metrics.barrier, tracker, fatal);
         let route = || route::Route {
             authority: parts.authority.clone(),
             local: local::Local::new(
@@ -169,8 +172,27 @@ impl Inventory {
 
     /// Looks for an accepted order that may not be stored yet.
     pub async fn find_queued(&self, order_id: OrderId) -> Result<Option<OrderRecord>, Unavailable> {
+        let refused = |refusal: NoAuthority| Unavailable::NoAuthority(refusal.reason);
+        let expected = self.0.authority.confirmed().map_err(refused)?;
+        let grant = self.0.authority.grant();
         let mut conn = self.0.pool.get().await?;
-        Ok(seckill_ledger::outbox::find_order(&mut conn, self.epoch().0, order_id).await?)
+        let Some(found) =
+            seckill_ledger::outbox::find_order_there(&mut conn, expected.epoch.0, order_id).await?
+        else {
+            return Ok(None);
+        };
+        // The reading rules (R1): an order that the other center may not have is nobody's business yet.
+        if found.fence.as_deref() != Some(expected.to_string().as_str()) {
+            return Err(Unavailable::NoAuthority("the ledger is not at the topology's fence".into()));
+        }
+        match &found.role {
+            Role::Master { .. } => self.write_of(grant.map_err(refused)?, conn).await?.counted().await?,
+            Role::Replica { link, .. } if link == "connected" => {}
+            Role::Replica { .. } => {
+                return Err(Unavailable::NoAuthority("the replica is not linked to its master".into()));
+            }
+        }
+        Ok(Some(found.order))
     }
 
     /// The topology's epoch.

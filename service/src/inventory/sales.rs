@@ -1,5 +1,7 @@
-//! What the shop does to its sales. Each change is one script in the master's Redis and counts as done when its
-//! reply is there, which with `appendfsync always` is after the disk has it (K4).
+//! What the shop does to its sales. Each change is one script in the master's Redis. Its reply comes after the disk
+//! has it (`appendfsync always`); it counts as done behind the barrier, where there is one (K4).
+
+use std::sync::Arc;
 
 use seckill_domain::{Clock, Currency, InvalidSale, KeyDigest, SaleId, SalePatch, SaleSpec, SystemClock};
 use seckill_ledger::read::Sale;
@@ -7,7 +9,9 @@ use seckill_ledger::{ArchiveOutcome, CreateOutcome, StateChange, StateOutcome, S
 use sha2::{Digest, Sha256};
 
 use super::Inventory;
+use super::barrier::{Barrier, Unconfirmed};
 use super::error::{SaleError, Unavailable};
+use crate::topology::{Acknowledge, Grant};
 
 /// A sale that is on offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -56,11 +60,10 @@ impl Inventory {
     ) -> Result<Created, SaleError> {
         let digest = body_digest(&spec);
         let spec = spec.validate(default_currency)?;
-        let fence = self.fence()?;
-        let mut conn = self.conn().await?;
-        match seckill_ledger::create_sale(&mut conn, &fence, &spec, &digest).await? {
-            CreateOutcome::Created { version } => Ok(Created { version, new: true }),
-            CreateOutcome::Same { version } => Ok(Created { version, new: false }),
+        let mut write = self.begin().await?;
+        match seckill_ledger::create_sale(&mut write.conn, &write.grant.fence, &spec, &digest).await? {
+            CreateOutcome::Created { version } => Ok(write.counts(Created { version, new: true }).await?),
+            CreateOutcome::Same { version } => Ok(write.counts(Created { version, new: false }).await?),
             CreateOutcome::Exists => Err(SaleError::Exists),
         }
     }
@@ -73,9 +76,8 @@ impl Inventory {
         based_on: u64,
         patch: SalePatch,
     ) -> Result<SaleChanged, SaleError> {
-        let fence = self.fence()?;
-        let mut conn = self.conn().await?;
-        let sale = seckill_ledger::read::sale(&mut conn, id).await?.ok_or(SaleError::NotFound)?;
+        let mut write = self.begin().await?;
+        let sale = seckill_ledger::read::sale(&mut write.conn, id).await?.ok_or(SaleError::NotFound)?;
         if sale.version != based_on {
             return Err(SaleError::VersionMismatch { version: sale.version });
         }
@@ -83,8 +85,18 @@ impl Inventory {
         let started = SystemClock.now() >= sale.starts_at;
         let spec = sale.spec.patched(patch, started)?;
         // Between the look above and the script the sale may start; the script looks again, by the ledger's time.
-        match seckill_ledger::update_sale(&mut conn, &fence, &spec, based_on, frozen.is_some()).await? {
-            UpdateOutcome::Updated { version } => Ok(SaleChanged { version, changed: true }),
+        match seckill_ledger::update_sale(
+            &mut write.conn,
+            &write.grant.fence,
+            &spec,
+            based_on,
+            frozen.is_some(),
+        )
+        .await?
+        {
+            UpdateOutcome::Updated { version } => {
+                Ok(write.counts(SaleChanged { version, changed: true }).await?)
+            }
             UpdateOutcome::OtherVersion { version } => Err(SaleError::VersionMismatch { version }),
             UpdateOutcome::NotFound => Err(SaleError::NotFound),
             UpdateOutcome::Ended => Err(SaleError::Ended),
@@ -94,11 +106,14 @@ impl Inventory {
 
     /// Pauses, resumes or ends a sale. In the state already: nothing changes, and that is no error.
     pub async fn set_state(&self, id: &SaleId, change: StateChange) -> Result<SaleChanged, SaleError> {
-        let fence = self.fence()?;
-        let mut conn = self.conn().await?;
-        match seckill_ledger::set_state(&mut conn, &fence, id, change).await? {
-            StateOutcome::Changed { version } => Ok(SaleChanged { version, changed: true }),
-            StateOutcome::Same { version } => Ok(SaleChanged { version, changed: false }),
+        let mut write = self.begin().await?;
+        match seckill_ledger::set_state(&mut write.conn, &write.grant.fence, id, change).await? {
+            StateOutcome::Changed { version } => {
+                Ok(write.counts(SaleChanged { version, changed: true }).await?)
+            }
+            StateOutcome::Same { version } => {
+                Ok(write.counts(SaleChanged { version, changed: false }).await?)
+            }
             StateOutcome::NotFound => Err(SaleError::NotFound),
             StateOutcome::Ended => Err(SaleError::Ended),
         }
@@ -111,11 +126,10 @@ impl Inventory {
         delta: i64,
         key: &KeyDigest,
     ) -> Result<StockChanged, SaleError> {
-        let fence = self.fence()?;
-        let mut conn = self.conn().await?;
-        match seckill_ledger::add_stock(&mut conn, &fence, id, delta, key).await? {
+        let mut write = self.begin().await?;
+        match seckill_ledger::add_stock(&mut write.conn, &write.grant.fence, id, delta, key).await? {
             StockOutcome::Changed { total, remaining, version, replayed } => {
-                Ok(StockChanged { total, remaining, version, replayed })
+                Ok(write.counts(StockChanged { total, remaining, version, replayed }).await?)
             }
             StockOutcome::KeyReused => Err(SaleError::KeyReused),
             StockOutcome::BelowClaimed { remaining } => Err(SaleError::BelowClaimed { remaining }),
@@ -129,11 +143,18 @@ impl Inventory {
     /// Drops the claims of a sale that is over. The caller has made sure, looking at the sale as it was at
     /// change number `touched`, that every order is stored and final and every release done (M1).
     pub async fn archive(&self, id: &SaleId, touched: u64) -> Result<Archived, SaleError> {
-        let fence = self.fence()?;
-        let mut conn = self.conn().await?;
-        match seckill_ledger::archive(&mut conn, &fence, id, self.0.retry_window_ms, touched).await? {
+        let mut write = self.begin().await?;
+        match seckill_ledger::archive(
+            &mut write.conn,
+            &write.grant.fence,
+            id,
+            self.0.retry_window_ms,
+            touched,
+        )
+        .await?
+        {
             ArchiveOutcome::Archived { version } | ArchiveOutcome::Same { version } => {
-                Ok(Archived { version })
+                Ok(write.counts(Archived { version }).await?)
             }
             ArchiveOutcome::NotFound => Err(SaleError::NotFound),
             ArchiveOutcome::NotEnded => Err(SaleError::NotEnded),
@@ -152,16 +173,57 @@ impl Inventory {
         Ok(seckill_ledger::read::sale(&mut conn, id).await?)
     }
 
-    fn fence(&self) -> Result<seckill_ledger::Fence, Unavailable> {
-        self.0
-            .authority
-            .grant()
-            .map(|grant| grant.fence.clone())
-            .map_err(|refusal| Unavailable::NoAuthority(refusal.reason))
+    /// Takes the permission, and a connection that it holds for.
+    async fn begin(&self) -> Result<Write, Unavailable> {
+        let grant = self.0.authority.grant().map_err(|refusal| Unavailable::NoAuthority(refusal.reason))?;
+        self.write_of(grant, self.conn().await?).await
+    }
+
+    /// A write, or a read that has to count like one, under a grant.
+    pub(super) async fn write_of(
+        &self,
+        grant: Arc<Grant>,
+        mut conn: deadpool_redis::Connection,
+    ) -> Result<Write, Unavailable> {
+        let run_id = match grant.acknowledge {
+            // Nothing to wait for, so nothing to compare.
+            Acknowledge::Local => Arc::from(""),
+            Acknowledge::Replicated { .. } => {
+                let run_id = seckill_ledger::roles::standing(&mut conn).await?.run_id;
+                if grant.run_id(super::PARTITION).is_some_and(|admitted| admitted != run_id) {
+                    return Err(Unavailable::NoAuthority("this run of the server was not admitted".into()));
+                }
+                Arc::from(run_id)
+            }
+        };
+        Ok(Write { grant, conn, run_id, barrier: self.0.barrier.upgrade() })
     }
 
     async fn conn(&self) -> Result<deadpool_redis::Connection, Unavailable> {
         Ok(self.0.pool.get().await?)
+    }
+}
+
+/// A change on its way: it counts as done only behind the barrier (K4), and so does the answer to one that was
+/// made before. Repeating an unknown one is safe: a sale is created once for each body, stock changes once for
+/// each key, and the other changes set what they set.
+pub(super) struct Write {
+    grant: Arc<Grant>,
+    conn: deadpool_redis::Connection,
+    run_id: Arc<str>,
+    barrier: Option<Barrier>,
+}
+
+impl Write {
+    async fn counts<T>(&self, done: T) -> Result<T, SaleError> {
+        self.counted().await?;
+        Ok(done)
+    }
+
+    pub(super) async fn counted(&self) -> Result<(), Unavailable> {
+        // Without a barrier the service is ending.
+        let barrier = self.barrier.as_ref().ok_or(Unavailable::NotReplicated)?;
+        barrier.confirm(&self.grant, &self.run_id).await.map_err(|Unconfirmed| Unavailable::NotReplicated)
     }
 }
 

@@ -1,21 +1,24 @@
 //! Units of cancelled and expired orders, on their way back to the ledger.
 //!
-//! The record is written with the order's change and forgotten only after the ledger answered (K4). The ledger
+//! The record is written with the order's change and forgotten only behind the barrier (K4). While the other center
+//! is given up, records are kept and sent again in the next epoch, to a ledger that may have lost them. The ledger
 //! gives an order's units back once, whatever is sent how often; so a worker that dies between any two of these
 //! steps loses nothing and doubles nothing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use seckill_domain::SaleId;
-use seckill_ledger::{ReleaseEntry, ReleaseOutcome, release};
+use seckill_domain::{Epoch, OrderId, SaleId};
+use seckill_ledger::{ReleaseEntry, ReleaseOutcome, release, roles};
 use tokio_util::sync::CancellationToken;
 
 use super::error::Error;
 use super::model::Release;
 use super::store::OrderStore;
 use super::workers::{Link, Streak, WorkerOptions, pause, sleep};
+use crate::topology::Grant;
 
 /// Records looked at in one round.
 const ROUND: u32 = 2048;
@@ -23,6 +26,26 @@ const ROUND: u32 = 2048;
 const CALL: usize = 256;
 /// Sales that may fail in one round before the others are given up too.
 const MAX_TROUBLED: usize = 16;
+
+/// Releases that were sent while degraded and are kept. What comes on top waits for the next epoch unsent.
+const MAX_KEPT: usize = 16_384;
+
+/// What was sent in a degraded epoch.
+#[derive(Debug, Default)]
+pub(super) struct Kept {
+    epoch: Option<Epoch>,
+    orders: HashSet<OrderId>,
+}
+
+/// What a worker carries from round to round.
+#[derive(Default)]
+pub(super) struct Lines {
+    conns: Vec<Option<Connection>>,
+    kept: Kept,
+}
+
+/// A connection, and the run of the server that it leads to.
+type Connection = (MultiplexedConnection, Arc<str>);
 
 /// Delivers releases.
 pub(super) struct Releases {
@@ -47,9 +70,9 @@ impl Releases {
 
     pub(super) async fn run(&self, token: CancellationToken) {
         let mut streak = Streak::default();
-        let mut conns: Vec<Option<MultiplexedConnection>> = self.links.iter().map(|_| None).collect();
+        let mut lines = Lines::default();
         while sleep(self.interval, &token).await {
-            match self.round(&mut conns, &token).await {
+            match self.round(&mut lines, &token).await {
                 Ok(()) => streak.succeeded("releases"),
                 Err(Failure::Store(Error::Closed)) => return,
                 Err(failure) => {
@@ -64,21 +87,24 @@ impl Releases {
     }
 
     /// Delivers everything that waits now, oldest first.
-    pub(super) async fn round(
-        &self,
-        conns: &mut [Option<MultiplexedConnection>],
-        token: &CancellationToken,
-    ) -> Result<(), Failure> {
+    pub(super) async fn round(&self, lines: &mut Lines, token: &CancellationToken) -> Result<(), Failure> {
+        lines.conns.resize_with(self.links.len(), || None);
+        let kept = self.kept(&mut lines.kept);
+        if kept >= MAX_KEPT || (kept > 0 && self.store.pending_release_count().await? <= kept as i64) {
+            return Ok(());
+        }
         let mut troubled: Vec<SaleId> = Vec::new();
         let mut first_error = None;
         while !token.is_cancelled() && troubled.len() < MAX_TROUBLED {
-            let waiting = self.store.pending_releases(ROUND, &troubled).await?;
+            let kept = u32::try_from(lines.kept.orders.len()).unwrap_or(u32::MAX);
+            let mut waiting = self.store.pending_releases(ROUND + kept, &troubled).await?;
+            waiting.retain(|release| !lines.kept.orders.contains(&release.order_id));
             if waiting.is_empty() {
                 break;
             }
             for ((partition, sale_id), orders) in by_sale(waiting) {
                 for call in orders.chunks(CALL) {
-                    if let Err(failure) = self.deliver(conns, partition, &sale_id, call).await? {
+                    if let Err(failure) = self.deliver(lines, partition, &sale_id, call).await? {
                         first_error.get_or_insert(failure);
                         troubled.push(sale_id.clone());
                         break;
@@ -93,21 +119,31 @@ impl Releases {
         }
     }
 
+    /// How many records are kept because they were sent in this, degraded, epoch. Those of an earlier one are sent
+    /// again.
+    fn kept(&self, kept: &mut Kept) -> usize {
+        let now = self.links.first().and_then(|link| link.authority.grant().ok());
+        if now.is_some_and(|grant| Some(grant.fence.epoch) != kept.epoch) {
+            kept.orders.clear();
+        }
+        kept.orders.len()
+    }
+
     /// One call, and what it means for its records. The inner error is the ledger's: the records stay.
     async fn deliver(
         &self,
-        conns: &mut [Option<MultiplexedConnection>],
+        lines: &mut Lines,
         partition: u8,
         sale_id: &SaleId,
         orders: &[ReleaseEntry],
     ) -> Result<Result<(), seckill_ledger::Error>, Failure> {
         let place = usize::from(partition);
-        let outcomes = match (self.links.get(place), conns.get_mut(place)) {
+        let outcomes = match (self.links.get(place), lines.conns.get_mut(place)) {
             (Some(link), Some(conn)) => send(link, conn, sale_id, orders).await,
             _ => Err(seckill_ledger::Error::Rejected(format!("partition {partition} is not configured"))),
         };
-        let outcomes = match outcomes {
-            Ok(outcomes) => outcomes,
+        let (outcomes, grant) = match outcomes {
+            Ok(answered) => answered,
             Err(error) => return Ok(Err(error)),
         };
         let (mut done, mut unknown) = (Vec::new(), Vec::new());
@@ -121,6 +157,10 @@ impl Releases {
                 }
             }
         }
+        if grant.degraded {
+            lines.kept.epoch = Some(grant.fence.epoch);
+            lines.kept.orders.extend(done.drain(..));
+        }
         self.store.releases_done(done, unknown).await?;
         Ok(Ok(()))
     }
@@ -129,19 +169,32 @@ impl Releases {
 /// Sends one call on the partition's connection, which is made when it is missing and dropped when it failed.
 async fn send(
     link: &Link,
-    slot: &mut Option<MultiplexedConnection>,
+    slot: &mut Option<Connection>,
     sale_id: &SaleId,
     orders: &[ReleaseEntry],
-) -> Result<Vec<ReleaseOutcome>, seckill_ledger::Error> {
+) -> Result<(Vec<ReleaseOutcome>, Arc<Grant>), seckill_ledger::Error> {
     let grant =
         link.authority.grant().map_err(|refusal| seckill_ledger::Error::Rejected(refusal.to_string()))?;
-    let mut conn = match slot.take() {
-        Some(conn) => conn,
-        None => link.connect().await?,
+    let admitted = grant.run_id(link.partition);
+    let (mut conn, run_id) = match slot.take() {
+        Some(conn) if admitted.is_none_or(|admitted| *admitted == *conn.1) => conn,
+        Some(_) | None => {
+            let mut conn = link.connect().await?;
+            let run_id = Arc::from(roles::standing(&mut conn).await?.run_id);
+            (conn, run_id)
+        }
     };
+    if admitted.is_some_and(|admitted| *admitted != *run_id) {
+        return Err(seckill_ledger::Error::Rejected("this run of the server was not admitted".to_owned()));
+    }
     let outcomes = release(&mut conn, &grant.fence, sale_id, orders).await?;
-    *slot = Some(conn);
-    Ok(outcomes)
+    // Not confirmed means kept: the ledger gives the units back once, however often it is asked.
+    link.barrier
+        .confirm(&grant, &run_id)
+        .await
+        .map_err(|unconfirmed| seckill_ledger::Error::Rejected(unconfirmed.to_string()))?;
+    *slot = Some((conn, run_id));
+    Ok((outcomes, grant))
 }
 
 /// Orders by partition and sale: one call each, or a few.

@@ -1,9 +1,7 @@
 //! From the local outbox into the order tables.
 //!
-//! A page counts only if the server that gave it was, at that moment, the master at exactly the fence under which
-//! this service has authority (R1): the topology is confirmed and the guardian has admitted that ledger. With no
-//! authority nothing is stored; the orders stay in the outbox. With `appendfsync always` Redis answers a reader
-//! only after the log with what it read is synced, so with durability `local` nothing more is needed.
+//! Which pages count is in [`super::reading`]: on the master and on a replica alike only what every acknowledgement
+//! rests on, so a center that is not the master follows its own replica. What does not count stays in the outbox.
 //!
 //! Positions move in the transaction that stores the orders (R2). Losing the connection, the process or a race
 //! against another tailer at any point means reading the same entries again.
@@ -17,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::batch::{Origin, StoreBatch, Unreadable};
 use super::error::Error;
-use super::reading::{NoPage, read_page};
+use super::reading::{NoPage, Source};
 use super::store::OrderStore;
 use super::workers::{Link, Streak, TailerStatus, WorkerOptions, pause, sleep};
 
@@ -96,9 +94,9 @@ impl Tailer {
 
     async fn follow(&self, token: &CancellationToken, streak: &mut Streak) -> Result<(), Halt> {
         let mut position = self.store.position(self.link.partition).await?;
-        let mut conn = self.link.connect().await?;
+        let mut source = Source::open(&self.link).await?;
         let mut entries = MIN_ENTRIES;
-        let mut page = read_page(&self.link, &mut conn, position, entries).await?;
+        let mut page = source.read(&self.link, position, entries).await?;
         loop {
             streak.succeeded("tailer");
             self.report(TailerStatus::Following { position });
@@ -108,12 +106,12 @@ impl Tailer {
             let Some(last) = page.entries.last().map(|entry| entry.id) else {
                 self.store.metrics().lag_seconds.set(0.0);
                 self.store.metrics().lag_entries.set(0);
-                let wait = outbox::wait_for_entry(&mut conn, position, BLOCK_MS);
+                let wait = outbox::wait_for_entry(&mut source.conn, position, BLOCK_MS);
                 match token.run_until_cancelled(wait).await {
                     None => return Ok(()),
                     Some(found) => found?,
                 };
-                page = read_page(&self.link, &mut conn, position, entries).await?;
+                page = source.read(&self.link, position, entries).await?;
                 continue;
             };
             let full = page.entries.len() >= entries;
@@ -122,7 +120,7 @@ impl Tailer {
             let save = self.save(position, page.entries);
             if full {
                 // More is waiting: read on while the database works. What fails is read again.
-                let (saved, next) = tokio::join!(save, read_page(&self.link, &mut conn, last, entries));
+                let (saved, next) = tokio::join!(save, source.read(&self.link, last, entries));
                 saved?;
                 position = last;
                 page = next?;
@@ -135,7 +133,7 @@ impl Tailer {
                 {
                     return Ok(());
                 }
-                page = read_page(&self.link, &mut conn, position, entries).await?;
+                page = source.read(&self.link, position, entries).await?;
             }
         }
     }

@@ -21,6 +21,7 @@ use super::releases::Releases;
 use super::store::OrderStore;
 use super::tailer::Tailer;
 use super::trim::Trim;
+use crate::inventory::Barrier;
 use crate::topology::Authority;
 
 /// How long a connection may take to come about, and a call to be answered. Longer than any block of a read.
@@ -115,6 +116,8 @@ impl Workers {
                 partition,
                 client: client.clone(),
                 authority: authority.clone(),
+                // A barrier that panicked confirms nothing more: the workers end and what they do waits.
+                barrier: Barrier::open(client.clone(), authority, tracker, token),
             })
             .collect();
         let mut tailers = Vec::new();
@@ -190,6 +193,8 @@ pub(super) struct Link {
     pub(super) partition: u8,
     pub(super) client: Client,
     pub(super) authority: Authority,
+    /// What a write counts behind, and what an entry is read behind.
+    pub(super) barrier: Barrier,
 }
 
 impl Link {

@@ -164,6 +164,9 @@ pub struct Grant {
     pub acknowledge: Acknowledge,
     /// The run of each partition's server that the guardian admitted.
     pub run_ids: Box<[Arc<str>]>,
+    /// Whether the other center is given up for now: what is written under this grant survives less than the
+    /// topology wants, until the next epoch brings the replicas back.
+    pub degraded: bool,
 }
 
 impl Grant {
@@ -244,7 +247,12 @@ impl Authority {
 
     /// An authority that grants this fence for ever, for tests and benches without a topology.
     pub fn fixed(fence: Fence) -> Authority {
-        Authority::fixed_grant(Grant { fence, acknowledge: Acknowledge::Local, run_ids: Box::default() })
+        Authority::fixed_grant(Grant {
+            fence,
+            acknowledge: Acknowledge::Local,
+            run_ids: Box::default(),
+            degraded: false,
+        })
     }
 
     /// An authority that gives this grant for ever, for tests and benches without a topology.
@@ -433,8 +441,9 @@ impl Authority {
                 Acknowledge::Replicated { replicas: attached.max(topology.in_sync.len()) }
             }
         };
+        let degraded = acknowledge.durability() != topology.durability;
         Verdict::Granted {
-            grant: Arc::new(Grant { fence, acknowledge, run_ids: run_ids.into() }),
+            grant: Arc::new(Grant { fence, acknowledge, run_ids: run_ids.into(), degraded }),
             deadline_ns: since_ns.saturating_add(self.shared.lease_ns),
         }
     }

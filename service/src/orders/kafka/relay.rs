@@ -11,7 +11,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use redis::aio::MultiplexedConnection;
 use seckill_domain::{CenterId, Millis, OutboxId, SHARDS, Shard};
 use seckill_ledger::outbox::{self, Entry, Event};
 use seckill_ledger::{Cursor, CursorOutcome, ShardSet, cursor, set_cursor};
@@ -24,7 +23,7 @@ use super::metrics::{CenterLabel, KafkaMetrics};
 use super::progress::Progress;
 use super::record::{Outgoing, Writer};
 use super::topics::{TopicError, Topics};
-use crate::orders::reading::{NoPage, read_page};
+use crate::orders::reading::{NoPage, Source};
 use crate::orders::workers::{Link, Streak, pause};
 use crate::topology::Topology;
 
@@ -147,24 +146,24 @@ impl Relay {
             None => return Ok(()),
             Some(ensured) => ensured?,
         }
-        let mut conn = self.link.connect().await?;
+        let mut source = Source::open(&self.link).await?;
         let shards = self.shards();
-        let noted = cursor(&mut conn, &self.destination).await?;
+        let noted = cursor(&mut source.conn, &self.destination).await?;
         let mut run = Run::new(self, shards, noted)?;
         let mut entries = MIN_ENTRIES;
         loop {
-            let page = read_page(&self.link, &mut conn, run.read_up_to, entries).await?;
+            let page = source.read_master(&self.link, run.read_up_to, entries).await?;
             streak.succeeded("relay");
             if token.is_cancelled() {
-                return run.finish(&mut conn).await;
+                return run.finish(&mut source).await;
             }
             if self.shards() != shards {
                 return Ok(());
             }
             let orders: usize = page.entries.iter().map(order_count).sum();
             for entry in page.entries.iter() {
-                if !run.room(&mut conn, token).await? {
-                    return run.finish(&mut conn).await;
+                if !run.room(&mut source, token).await? {
+                    return run.finish(&mut source).await;
                 }
                 run.publish(entry).await?;
             }
@@ -172,12 +171,12 @@ impl Relay {
             if page.entries.is_empty() {
                 run.mark().await?;
                 let block = if run.is_busy() { BUSY_BLOCK_MS } else { IDLE_BLOCK_MS };
-                outbox::wait_for_entry(&mut conn, run.read_up_to, block).await?;
+                outbox::wait_for_entry(&mut source.conn, run.read_up_to, block).await?;
             } else {
                 entries = (PAGE_ORDERS * page.entries.len() / orders.max(1)).clamp(MIN_ENTRIES, MAX_ENTRIES);
                 run.mark().await?;
             }
-            run.check(&mut conn, last_seq).await?;
+            run.check(&mut source, last_seq).await?;
         }
     }
 }
@@ -243,17 +242,13 @@ impl<'a> Run<'a> {
     }
 
     /// Waits until few enough records are under way; `false` if it was told to stop.
-    async fn room(
-        &mut self,
-        conn: &mut MultiplexedConnection,
-        token: &CancellationToken,
-    ) -> Result<bool, Halt> {
+    async fn room(&mut self, source: &mut Source, token: &CancellationToken) -> Result<bool, Halt> {
         while self.progress.in_flight() >= IN_FLIGHT {
             let wait = tokio::time::timeout(CURSOR_INTERVAL, self.progress.changed());
             if token.run_until_cancelled(wait).await.is_none() {
                 return Ok(false);
             }
-            self.check(conn, self.read_up_to.seq).await?;
+            self.check(source, self.read_up_to.seq).await?;
         }
         Ok(true)
     }
@@ -350,7 +345,7 @@ impl<'a> Run<'a> {
     }
 
     /// Looks at what was acknowledged: writes the cursor, tells how it stands.
-    async fn check(&mut self, conn: &mut MultiplexedConnection, last_seq: u64) -> Result<(), Halt> {
+    async fn check(&mut self, source: &mut Source, last_seq: u64) -> Result<(), Halt> {
         let relay = self.relay;
         if let Some(reason) = self.progress.failure() {
             return Err(Halt::Kafka(relay.destination.clone(), reason));
@@ -360,7 +355,7 @@ impl<'a> Run<'a> {
             self.moved = (reached, Instant::now());
         }
         if self.noted_at.elapsed() >= CURSOR_INTERVAL {
-            self.note(conn).await?;
+            self.note(source).await?;
         }
         let acknowledged = reached.unwrap_or(self.resume).max(self.resume);
         let behind = last_seq.saturating_sub(acknowledged.seq);
@@ -379,14 +374,19 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    async fn note(&mut self, conn: &mut MultiplexedConnection) -> Result<(), Halt> {
+    async fn note(&mut self, source: &mut Source) -> Result<(), Halt> {
         let Some(reached) = self.progress.reached().filter(|reached| self.is_news(*reached)) else {
             return Ok(());
         };
         let grant = self.relay.link.authority.grant().map_err(|refusal| NoPage::Wait(refusal.to_string()))?;
         let cursor = Cursor { id: reached, shards: self.shards };
-        match set_cursor(conn, &grant.fence, &self.relay.destination, cursor).await? {
-            CursorOutcome::Noted => self.noted = Some(cursor),
+        match set_cursor(&mut source.conn, &grant.fence, &self.relay.destination, cursor).await? {
+            CursorOutcome::Noted => {
+                // It counts behind the barrier (K4): a promoted replica would begin before it otherwise.
+                let confirmed = self.relay.link.barrier.confirm(&grant, &source.run_id).await;
+                confirmed.map_err(|unconfirmed| NoPage::Wait(unconfirmed.to_string()))?;
+                self.noted = Some(cursor);
+            }
             // Another relay is ahead: ours goes on all the same, and is the one that counts if that one dies.
             CursorOutcome::Behind => {}
             CursorOutcome::Ahead => {
@@ -398,14 +398,14 @@ impl<'a> Run<'a> {
     }
 
     /// Waits a little for what is under way, and notes it: less is published again after the next start.
-    async fn finish(&mut self, conn: &mut MultiplexedConnection) -> Result<(), Halt> {
+    async fn finish(&mut self, source: &mut Source) -> Result<(), Halt> {
         let all = async {
             while self.progress.in_flight() > 0 && self.progress.failure().is_none() {
                 self.progress.changed().await;
             }
         };
         let _ = tokio::time::timeout(LAST_WAIT, all).await;
-        self.note(conn).await
+        self.note(source).await
     }
 }
 

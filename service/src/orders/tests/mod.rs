@@ -4,6 +4,7 @@ mod both_queues;
 mod kafka;
 mod lifecycle;
 mod queues;
+mod replicated;
 mod store;
 mod workers;
 

@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::*;
+use crate::inventory::Barrier;
 use crate::orders::Origin;
 use crate::orders::expiry::Expiry;
-use crate::orders::releases::Releases;
+use crate::orders::releases::{Lines, Releases};
 use crate::orders::trim::Trim;
 use crate::orders::workers::Link;
 use crate::orders::{Queue, TailerStatus, WorkerOptions, Workers};
@@ -75,7 +76,10 @@ impl Shop {
     }
 
     pub(super) fn link(&self) -> Link {
-        Link { partition: 0, client: self.redis.client(), authority: self.authority() }
+        let (client, authority) = (self.redis.client(), self.authority());
+        let barrier =
+            Barrier::open(client.clone(), &authority, &TaskTracker::new(), &CancellationToken::new());
+        Link { partition: 0, client, authority, barrier }
     }
 
     pub(super) async fn remaining(&mut self, id: &str) -> u64 {
@@ -338,7 +342,7 @@ async fn units_return_once_wherever_the_process_dies() {
     let token = CancellationToken::new();
     let deliver = async |shop: &Shop| {
         let releases = Releases::new(shop.db.store.clone(), vec![shop.link()], &options());
-        releases.round(&mut [None], &token).await.unwrap();
+        releases.round(&mut Lines::default(), &token).await.unwrap();
     };
     // After the order's change.
     shop.db.store.cancel(&user("a"), ids[0]).await.unwrap();
@@ -390,13 +394,13 @@ async fn a_sale_that_cannot_take_its_units_back_holds_up_no_other() {
         .unwrap();
     let releases = Releases::new(shop.db.store.clone(), vec![shop.link()], &options());
     let token = CancellationToken::new();
-    assert!(releases.round(&mut [None], &token).await.is_err());
+    assert!(releases.round(&mut Lines::default(), &token).await.is_err());
     assert_eq!(
         (shop.remaining("other").await, shop.db.store.pending_release_count().await.unwrap()),
         (1000, 1)
     );
     redis::cmd("RENAME").arg("kept").arg("sk:c:s").query_async::<()>(&mut shop.conn).await.unwrap();
-    releases.round(&mut [None], &token).await.unwrap();
+    releases.round(&mut Lines::default(), &token).await.unwrap();
     assert_eq!((shop.remaining("s").await, shop.db.store.pending_release_count().await.unwrap()), (1000, 0));
 }
 
@@ -407,7 +411,7 @@ async fn a_claim_that_the_ledger_does_not_hold_is_kept_aside() {
     shop.db.put(std::slice::from_ref(&stranger)).await;
     shop.db.store.cancel(&stranger.uid, stranger.order_id).await.unwrap();
     let releases = Releases::new(shop.db.store.clone(), vec![shop.link()], &options());
-    releases.round(&mut [None], &CancellationToken::new()).await.unwrap();
+    releases.round(&mut Lines::default(), &CancellationToken::new()).await.unwrap();
     assert_eq!((shop.remaining("s").await, shop.db.store.pending_release_count().await.unwrap()), (1000, 0));
     let counts = shop.db.store.counts(None).await.unwrap();
     assert_eq!(counts.sales[&sale("s")].release_unknown.orders, 1);

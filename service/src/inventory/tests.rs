@@ -1,0 +1,300 @@
+//! Acknowledging on pairs of real redis-servers: rules A2 and K1 to K4.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use seckill_domain::{
+    CenterId, CenterNumber, Epoch, IdempotencyKey, OrderId, Quantity, SaleId, SaleSpec, Uid,
+};
+use seckill_ledger::admin::{FenceChange, FenceOutcome, set_fence};
+use seckill_ledger::read::scan_claims;
+use seckill_ledger::roles::standing;
+use seckill_ledger::testkit::RedisServer;
+use seckill_ledger::{Executed, Fence};
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::*;
+use crate::config::SecretUrl;
+use crate::topology::{Acknowledge, Center, FileStore, Grant, Limits, Topology};
+
+/// A master with a replica, and an inventory that acknowledges what both have.
+struct Pair {
+    master: RedisServer,
+    replica: RedisServer,
+    fence: Fence,
+    inventory: Inventory,
+    stop: CancellationToken,
+    _dir: tempfile::TempDir,
+}
+
+fn grant(fence: &Fence, replicas: usize) -> Arc<Grant> {
+    let acknowledge = Acknowledge::Replicated { replicas };
+    Arc::new(Grant { fence: fence.clone(), acknowledge, run_ids: Box::default(), degraded: false })
+}
+
+impl Pair {
+    async fn open(deadline_ms: u64) -> Pair {
+        let master = RedisServer::start().await;
+        let fence = master.init_ledger().await;
+        let replica = RedisServer::start_replica_of(&master).await;
+        Pair::on(master, replica, fence, deadline_ms).await
+    }
+
+    async fn on(master: RedisServer, replica: RedisServer, fence: Fence, deadline_ms: u64) -> Pair {
+        let dir = tempfile::tempdir().unwrap();
+        let url = "http://127.0.0.1:1".to_owned();
+        let center = Center {
+            number: CenterNumber::new(1).unwrap(),
+            public_url: url.clone(),
+            admin_url: url.clone(),
+            internal_url: url,
+            ledger: Vec::new(),
+            extra: serde_json::Map::new(),
+        };
+        let mut topology =
+            Topology::single(fence.ledger_id.clone(), CenterId::new("a").unwrap(), center, Limits::default());
+        topology.epoch = fence.epoch;
+        let authority = Authority::fixed_grant(Grant::clone(&grant(&fence, 1)));
+        let store = FileStore::new(dir.path().join("topology.json"));
+        let topology = TopologyHandle::open_or_create(store, authority.clone(), topology).await.unwrap();
+        let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
+        let ledger =
+            LedgerConfig { partitions: vec![SecretUrl::new(master.url())], ..LedgerConfig::default() };
+        let config = InventoryConfig { deadline_ms, ..InventoryConfig::default() };
+        let parts = Parts { ledger: &ledger, inventory: &config, retry_window_ms: 0, topology, authority };
+        let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
+        Pair { master, replica, fence, inventory, stop, _dir: dir }
+    }
+
+    async fn sale(&self, id: &str) -> Result<Created, SaleError> {
+        let spec: SaleSpec = serde_json::from_value(json!({
+            "sale_id": id, "kind": "product", "quantity": 1_000_000, "price": 100, "currency": "CNY",
+        }))
+        .unwrap();
+        self.inventory.create_sale(spec, None).await
+    }
+
+    async fn buy(&self, uid: &str) -> Result<Accepted, PurchaseError> {
+        self.inventory.purchase(purchase(uid)).await
+    }
+
+    /// A barrier of its own on the master, whose authority grants this fence.
+    fn barrier(&self, authority: &Authority) -> Barrier {
+        Barrier::open(self.master.client(), authority, &TaskTracker::new(), &CancellationToken::new())
+    }
+
+    async fn run_id(&self) -> Arc<str> {
+        Arc::from(standing(&mut self.master.connect().await).await.unwrap().run_id)
+    }
+}
+
+impl Drop for Pair {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn purchase(uid: &str) -> Purchase {
+    Purchase {
+        uid: Uid::new(uid).unwrap(),
+        sale_id: SaleId::new("s").unwrap(),
+        key: *IdempotencyKey::new("k").unwrap().digest(),
+        quantity: Quantity::ONE,
+        traceparent: None,
+    }
+}
+
+/// K2, K3: with the replica stopped nothing is acknowledged, neither an acceptance nor a replay of one; and the
+/// same key finds the result later.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_acknowledged_that_the_replica_has_not_confirmed() {
+    let pair = Pair::open(1200).await;
+    pair.sale("s").await.unwrap();
+    let before = pair.buy("alice").await.unwrap();
+    pair.replica.pause();
+    let (first, replay) = tokio::join!(pair.buy("bob"), pair.buy("alice"));
+    assert_eq!(first, Err(PurchaseError::NotReplicated));
+    // K3: the ledger knows the order, but who says that the replica does?
+    assert_eq!(replay, Err(PurchaseError::NotReplicated));
+    assert!(pair.inventory.metrics().barrier.unknown.get() > 0);
+    pair.replica.resume();
+    let bob = pair.buy("bob").await.unwrap();
+    assert!(bob.replayed, "the first attempt was accepted by the master");
+    assert_eq!(pair.buy("alice").await.unwrap().order_id, before.order_id);
+}
+
+/// A sale that is not open promises nothing and waits for nobody.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refusal_needs_no_replica() {
+    let pair = Pair::open(5000).await;
+    pair.replica.pause();
+    assert_eq!(pair.buy("alice").await, Err(PurchaseError::SaleNotFound));
+    pair.replica.resume();
+}
+
+/// K1: `WAIT` is satisfied by any replica, so one that is not known makes it worthless.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_is_not_known_confirms_nothing() {
+    let pair = Pair::open(5000).await;
+    let (grant, run_id) = (grant(&pair.fence, 1), pair.run_id().await);
+    let barrier = pair.barrier(&Authority::fixed_grant(Grant::clone(&grant)));
+    barrier.confirm(&grant, &run_id).await.unwrap();
+    let stranger = RedisServer::start_replica_of(&pair.master).await;
+    assert_eq!(barrier.confirm(&grant, &run_id).await, Err(Unconfirmed));
+    drop(stranger);
+}
+
+/// K2: a barrier speaks for the epoch that its fence carries, and for no other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_barrier_is_refused_once_another_epoch_began() {
+    let pair = Pair::open(5000).await;
+    let (old, run_id) = (grant(&pair.fence, 1), pair.run_id().await);
+    let barrier = pair.barrier(&Authority::fixed_grant(Grant::clone(&old)));
+    barrier.confirm(&old, &run_id).await.unwrap();
+    let to = pair.fence.at(Epoch(2));
+    let change = FenceChange::Lift { from: pair.fence.clone() };
+    let outcome = set_fence(&mut pair.master.connect().await, &change, &to).await.unwrap();
+    assert_eq!(outcome, FenceOutcome::Set);
+    assert_eq!(barrier.confirm(&old, &run_id).await, Err(Unconfirmed));
+}
+
+/// K2: the reply came from one run of the server, the barrier would go to another: what was written may be gone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_restarted_between_reply_and_barrier_confirms_nothing() {
+    let mut pair = Pair::open(5000).await;
+    let (grant, before) = (grant(&pair.fence, 1), pair.run_id().await);
+    let barrier = pair.barrier(&Authority::fixed_grant(Grant::clone(&grant)));
+    pair.master.restart().await;
+    pair.replica.follow(&pair.master).await;
+    assert_eq!(barrier.confirm(&grant, &before).await, Err(Unconfirmed));
+    barrier.confirm(&grant, &pair.run_id().await).await.unwrap();
+}
+
+/// A2: the epoch ends while the acknowledgement is on its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_authority_is_asked_again_when_a_purchase_is_acknowledged() {
+    let pair = Pair::open(5000).await;
+    let (grant, run_id) = (grant(&pair.fence, 1), pair.run_id().await);
+    // The service's authority is at a later epoch already; the ledger's fence is not lifted yet.
+    let later = Authority::fixed(pair.fence.at(Epoch(2)));
+    assert_eq!(pair.barrier(&later).confirm(&grant, &run_id).await, Err(Unconfirmed));
+    // The durability that counts is the one of the write's own grant: a local one waits for no replica.
+    pair.replica.pause();
+    let local = Arc::new(Grant { acknowledge: Acknowledge::Local, ..Grant::clone(&grant) });
+    let barrier = pair.barrier(&Authority::fixed(pair.fence.clone()));
+    barrier.confirm(&local, &run_id).await.unwrap();
+    assert_eq!(barrier.confirm(&grant, &run_id).await, Err(Unconfirmed));
+    pair.replica.resume();
+}
+
+/// K4: a change of the shop's counts behind the barrier, and repeating an unknown one is safe.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_change_of_a_sale_counts_once_the_replica_has_it() {
+    let pair = Pair::open(5000).await;
+    pair.replica.pause();
+    let error = pair.sale("s").await.unwrap_err();
+    assert!(matches!(&error, SaleError::Unavailable(Unavailable::NotReplicated)), "{error}");
+    let SaleError::Unavailable(error) = error else { unreachable!() };
+    assert_eq!(error.executed(), Executed::Unknown);
+    // The same body again is no other sale, but it counts no sooner.
+    assert!(matches!(pair.sale("s").await, Err(SaleError::Unavailable(Unavailable::NotReplicated))));
+    pair.replica.resume();
+    assert_eq!(pair.sale("s").await.unwrap(), Created { version: 1, new: false });
+    let key = *IdempotencyKey::new("k").unwrap().digest();
+    let sale = SaleId::new("s").unwrap();
+    pair.replica.pause();
+    let stock = pair.inventory.add_stock(&sale, 5, &key).await;
+    assert!(matches!(stock, Err(SaleError::Unavailable(Unavailable::NotReplicated))));
+    pair.replica.resume();
+    let stock = pair.inventory.add_stock(&sale, 5, &key).await.unwrap();
+    assert!(stock.replayed);
+    assert_eq!(stock.total, 1_000_005);
+}
+
+/// R1: an order that only the master has is nobody's business.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_queued_order_is_shown_once_the_replica_has_it() {
+    let pair = Pair::open(1200).await;
+    pair.sale("s").await.unwrap();
+    let alice = pair.buy("alice").await.unwrap();
+    assert!(pair.inventory.find_queued(alice.order_id).await.unwrap().is_some());
+    pair.replica.pause();
+    let hidden = pair.inventory.find_queued(alice.order_id).await;
+    assert!(matches!(hidden, Err(Unavailable::NotReplicated)), "{hidden:?}");
+    pair.replica.resume();
+}
+
+/// Load, and in each round something happens to the servers: the master is killed, killed while the replica
+/// hangs, or loses its replica. Whatever was acknowledged is on the replica that is promoted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_promoted_replica_has_everything_that_was_acknowledged() {
+    for round in 0..3 {
+        let mut pair = Pair::open(900).await;
+        pair.sale("s").await.unwrap();
+        let stop = CancellationToken::new();
+        let buyers: Vec<_> = (0..64)
+            .map(|buyer| {
+                let (inventory, stop) = (pair.inventory.clone(), stop.clone());
+                tokio::spawn(async move {
+                    let mut acknowledged = Vec::new();
+                    let mut n = 0;
+                    while !stop.is_cancelled() {
+                        n += 1;
+                        let uid = format!("r{round}b{buyer}n{n}");
+                        if let Ok(accepted) = inventory.purchase(purchase(&uid)).await {
+                            acknowledged.push((uid, accepted.order_id));
+                        }
+                    }
+                    acknowledged
+                })
+            })
+            .collect();
+        let batches = || pair.inventory.metrics().batches.get();
+        let begun = Instant::now();
+        while batches() < 100 {
+            assert!(begun.elapsed() < Duration::from_secs(10), "nothing is sold");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        match round {
+            0 => pair.master.kill(),
+            1 => {
+                pair.replica.pause();
+                // The master goes on accepting what nobody may hear of.
+                let before = batches();
+                let paused = Instant::now();
+                while batches() < before + 2 && paused.elapsed() < Duration::from_secs(2) {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                pair.master.kill();
+                pair.replica.resume();
+            }
+            _ => {
+                let mut conn = pair.replica.connect().await;
+                redis::cmd("REPLICAOF").arg("NO").arg("ONE").query_async::<()>(&mut conn).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(100)).await;
+                pair.master.kill();
+            }
+        }
+        stop.cancel();
+        let mut acknowledged: HashMap<String, OrderId> = HashMap::new();
+        for buyer in buyers {
+            acknowledged.extend(buyer.await.unwrap());
+        }
+        assert!(acknowledged.len() > 64, "only {} acknowledged", acknowledged.len());
+        // Promoted: it drops the link and keeps what it has.
+        let mut conn = pair.replica.connect().await;
+        redis::cmd("REPLICAOF").arg("NO").arg("ONE").query_async::<()>(&mut conn).await.unwrap();
+        let sale = SaleId::new("s").unwrap();
+        let mut missing = 0;
+        for (uid, order_id) in &acknowledged {
+            let found = seckill_ledger::outbox::find_order(&mut conn, 1, *order_id).await.unwrap();
+            missing += u64::from(found.is_none_or(|order| order.uid.as_str() != uid));
+        }
+        assert_eq!(missing, 0, "of {} acknowledged in round {round}", acknowledged.len());
+        let (_, held) = scan_claims(&mut conn, &sale, 0, 1).await.unwrap();
+        assert!(!held.is_empty());
+    }
+}
