@@ -61,7 +61,8 @@ for role in admin payments; do
 done
 
 serve() { # CENTER NUMBER
-    local center=$1 port=$((base + 10 * ($2 - 1))) redis="SECKILL_TEST_REDIS_${1^^}"
+    local center=$1 port=$((base + 10 * ($2 - 1))) redis="SECKILL_TEST_REDIS_${1^^}" kafka=KAFKA_BOOTSTRAP
+    [ "$center" = a ] || kafka=KAFKA_BOOTSTRAP_${center^^}
     mkdir -p "$data/$center"
     env \
         SECKILL__LISTEN__PUBLIC="127.0.0.1:$port" \
@@ -73,6 +74,8 @@ serve() { # CENTER NUMBER
         SECKILL__LEDGER__PARTITIONS="${!redis}" \
         SECKILL__LEDGER__MAX_MEMORY_BYTES=1073741824 \
         SECKILL__ORDERS__DATABASE_URL="sqlite:$data/$center/orders.db" \
+        SECKILL__KAFKA__BOOTSTRAP="${!kafka}" \
+        SECKILL__KAFKA__REPLICATION_FACTOR=1 \
         SECKILL__TOPOLOGY__ETCD__ENDPOINTS="$SECKILL_TEST_ETCD" \
         SECKILL__AUTH__USERS__KEYS="[{ alg = \"HS256\", secret_file = \"$data/dev-token-secret\" }]" \
         SECKILL__AUTH__PAYMENTS__KEYS="[{ alg = \"HS256\", secret_file = \"$data/payments-secret\" }]" \
@@ -84,6 +87,7 @@ serve() { # CENTER NUMBER
     echo "  public   http://127.0.0.1:$port"
     echo "  admin    http://127.0.0.1:$((port + 1))"
     echo "  redis    ${!redis}"
+    echo "  kafka    ${!kafka}"
     echo "  log      $data/$center/seckill.log"
 }
 
