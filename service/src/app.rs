@@ -22,7 +22,9 @@ use crate::http::{
     self, AdminState, Auditor, PublicState, Readiness, ServeOptions, Stage, admin_router, public_router,
 };
 use crate::inventory::{Inventory, Parts};
-use crate::orders::{KafkaMetrics, KafkaOptions, OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
+use crate::orders::{
+    KafkaMetrics, KafkaOptions, KafkaQueue, OrderStore, Queue, StoreOptions, WorkerOptions, Workers,
+};
 use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess};
 use crate::telemetry::Metrics;
 use crate::topology::{
@@ -159,6 +161,7 @@ async fn serve(
     let limiter = Limiter::new(&topology.current().limits);
     tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
 
+    let auditor = auditor(&inventory, &orders, workers.kafka().cloned());
     let tokens = Arc::new(tokens);
     let readiness = Readiness::default();
     let ending = CancellationToken::new();
@@ -183,7 +186,7 @@ async fn serve(
         authority: authority.clone(),
         center: config.center.id.clone(),
         default_currency: config.sales.default_currency,
-        auditor: auditor(&inventory, &orders),
+        auditor,
         guardian,
         instances: instances.clone(),
         readiness: readiness.clone(),
@@ -280,13 +283,19 @@ fn worker_options(config: &Config) -> WorkerOptions {
 }
 
 /// Compares the books whenever an operator asks.
-fn auditor(inventory: &Inventory, orders: &OrderStore) -> Auditor {
+fn auditor(inventory: &Inventory, orders: &OrderStore, kafka: Option<KafkaQueue>) -> Auditor {
     let (pool, orders) = (inventory.pool().clone(), orders.clone());
     Arc::new(move |sale| {
-        let (pool, orders) = (pool.clone(), orders.clone());
+        let (pool, orders, kafka) = (pool.clone(), orders.clone(), kafka.clone());
         Box::pin(async move {
             let report = match pool.get().await {
-                Ok(mut conn) => audit::run(&orders, &mut conn, sale.as_ref()).await,
+                Ok(mut conn) => {
+                    let mut report = audit::run(&orders, &mut conn, sale.as_ref()).await;
+                    if let Some(kafka) = &kafka {
+                        audit::add_queue(&mut report, kafka, &mut conn).await;
+                    }
+                    report
+                }
                 Err(error) => audit::Report::incomplete(format!("no connection to the ledger: {error}")),
             };
             serde_json::to_value(&report).map_err(|error| error.to_string())

@@ -22,9 +22,11 @@
 mod book;
 mod compare;
 mod flight;
+mod queue;
 mod round;
 mod sums;
 
+pub use queue::{QueueReport, RelayReport, add as add_queue};
 use redis::aio::ConnectionLike;
 use seckill_domain::{OrderId, OrderStatus, SaleId};
 use serde::Serialize;
@@ -51,6 +53,9 @@ pub struct Report {
     pub violations: Vec<Violation>,
     /// Why not everything could be compared.
     pub problems: Vec<String>,
+    /// What the broker holds, where the queue is Kafka.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub queue: Option<QueueReport>,
 }
 
 /// The result of an audit.
@@ -167,6 +172,7 @@ impl Report {
             unreadable: 0,
             violations: Vec::new(),
             problems: vec![problem],
+            queue: None,
         }
     }
 }

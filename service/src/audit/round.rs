@@ -192,6 +192,7 @@ impl<C: ConnectionLike> Round<'_, C> {
             unreadable: self.unreadable,
             violations,
             problems: self.problems,
+            queue: None,
         };
         report.verdict = super::verdict(&report);
         report

@@ -109,6 +109,7 @@ fn describe(report: &Value) -> String {
     for problem in report.get("problems").and_then(Value::as_array).into_iter().flatten() {
         text.push_str(&format!("incomplete: {}\n", cell(problem)));
     }
+    describe_queue(report, &mut text);
     let verdict = report.get("verdict").and_then(Value::as_str).unwrap_or("?");
     text.push_str(&match verdict {
         "clean" => format!("clean: {} sales agree in ledger, outbox and order tables\n", sales.len()),
@@ -117,4 +118,20 @@ fn describe(report: &Value) -> String {
         other => format!("{other}\n"),
     });
     text
+}
+
+/// How far orders are on their way through Kafka.
+fn describe_queue(report: &Value, text: &mut String) {
+    let Some(queue) = report.get("queue") else { return };
+    let lag = cell(queue.get("consumer_lag").unwrap_or(&Value::Null));
+    text.push_str(&format!("kafka: {lag} records wait to be stored\n"));
+    for relay in queue.get("relays").and_then(Value::as_array).into_iter().flatten() {
+        let field = |name: &str| cell(relay.get(name).unwrap_or(&Value::Null));
+        text.push_str(&format!(
+            "kafka: center {} has acknowledged the outbox up to {}, {} entries before its end\n",
+            field("center"),
+            field("acknowledged"),
+            field("behind"),
+        ));
+    }
 }
