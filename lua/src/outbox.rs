@@ -149,6 +149,65 @@ pub async fn last_id(conn: &mut impl ConnectionLike) -> Result<Option<OutboxId>,
     edge(conn, "XREVRANGE", "+", "-").await
 }
 
+/// An entry as it lies in the stream, with all its fields as text.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RawEntry {
+    /// Its id.
+    pub id: OutboxId,
+    /// Its fields, in their order.
+    pub fields: Vec<(String, String)>,
+}
+
+/// At most `count` entries after an id as they are, oldest first, with what this release reads in them.
+pub async fn read_raw(
+    conn: &mut impl ConnectionLike,
+    after: OutboxId,
+    count: usize,
+) -> Result<Vec<(RawEntry, Entry)>, Error> {
+    let mut range = redis::cmd("XRANGE");
+    range.arg(keys::OUTBOX).arg(format!("({after}")).arg("+").arg("COUNT").arg(count);
+    let entries: Value = range.query_async(conn).await?;
+    let parsed = parse_entries(entries.clone())?;
+    let raw = Vec::<(String, Vec<(Vec<u8>, Vec<u8>)>)>::from_redis_value(entries)
+        .map_err(|_| Error::Malformed("an outbox entry without fields".to_owned()))?;
+    let lossy = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok(raw
+        .into_iter()
+        .zip(parsed)
+        .map(|((_, fields), entry)| {
+            let fields = fields.into_iter().map(|(name, value)| (lossy(name), lossy(value))).collect();
+            (RawEntry { id: entry.id, fields }, entry)
+        })
+        .collect())
+}
+
+/// The ids of at most `count` entries up to and including an id, newest first.
+pub async fn ids_before(
+    conn: &mut impl ConnectionLike,
+    up_to: OutboxId,
+    count: usize,
+) -> Result<Vec<OutboxId>, Error> {
+    let mut range = redis::cmd("XREVRANGE");
+    range.arg(keys::OUTBOX).arg(up_to.to_string()).arg("-").arg("COUNT").arg(count);
+    let entries: Value = range.query_async(conn).await?;
+    Ok(parse_entries(entries)?.into_iter().map(|entry| entry.id).collect())
+}
+
+/// Which of these ids the outbox has entries for.
+pub async fn has(conn: &mut impl ConnectionLike, ids: &[OutboxId]) -> Result<Vec<OutboxId>, Error> {
+    let mut pipe = redis::pipe();
+    for id in ids {
+        pipe.cmd("XRANGE").arg(keys::OUTBOX).arg(id.to_string()).arg(id.to_string());
+    }
+    let found: Vec<Value> = if ids.is_empty() { Vec::new() } else { pipe.query_async(conn).await? };
+    Ok(ids
+        .iter()
+        .zip(found)
+        .filter(|(_, entries)| matches!(entries, Value::Array(entries) if !entries.is_empty()))
+        .map(|(id, _)| *id)
+        .collect())
+}
+
 async fn edge(
     conn: &mut impl ConnectionLike,
     command: &str,

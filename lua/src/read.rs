@@ -111,6 +111,24 @@ pub async fn sale(conn: &mut impl ConnectionLike, id: &SaleId) -> Result<Option<
     }
 }
 
+/// What the ledger holds of these users in one sale, as it lies there: 29 bytes for each claim or tombstone, see
+/// [`crate::keys`]. Also on a server that is no master: for whoever keeps what a server held.
+pub async fn raw_claims(
+    conn: &mut impl ConnectionLike,
+    sale: &SaleId,
+    users: &[Uid],
+) -> Result<Vec<Option<Vec<u8>>>, Error> {
+    if users.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut get = redis::cmd("HMGET");
+    get.arg(keys::claims(sale));
+    for user in users {
+        get.arg(user.as_str());
+    }
+    Ok(get.query_async(conn).await?)
+}
+
 fn millis(value: Option<Value>) -> Result<Millis, Error> {
     Ok(Millis(i64::try_from(number(value)?).unwrap_or(i64::MAX)))
 }

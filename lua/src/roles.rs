@@ -64,6 +64,63 @@ impl Role {
     }
 }
 
+/// Who copies from whom, as a server sees it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Replication {
+    /// Names the stream of changes that the server's data is a state of: a replica that is attached shows its
+    /// master's.
+    pub stream: String,
+    /// On a replica: the link to its master is up and no copying of everything is under way.
+    pub linked: bool,
+    /// The replicas that are attached.
+    pub replicas: Vec<Attached>,
+}
+
+/// A replica, as its master sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Where it connects from, and the port that it says it listens on.
+    pub address: String,
+    /// Whether it receives changes; one that is still being copied to does not.
+    pub online: bool,
+    /// Seconds since it last confirmed what it has.
+    pub silent_s: u64,
+}
+
+impl Replication {
+    /// Reads the section `replication` of `INFO`.
+    fn parse(info: &str) -> Replication {
+        let field = |name: &str| {
+            info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+        };
+        let linked =
+            field("master_link_status") == Some("up") && field("master_sync_in_progress") == Some("0");
+        let replicas = info
+            .lines()
+            .filter_map(|line| {
+                let (name, value) = line.trim().split_once(':')?;
+                let is_replica = name.strip_prefix("slave").is_some_and(|n| n.parse::<u32>().is_ok());
+                is_replica.then(|| Attached::parse(value))
+            })
+            .collect();
+        Replication { stream: field("master_replid").unwrap_or_default().to_owned(), linked, replicas }
+    }
+}
+
+impl Attached {
+    /// Reads `ip=…,port=…,state=…,offset=…,lag=…`.
+    fn parse(text: &str) -> Attached {
+        let field = |name: &str| {
+            text.split(',').find_map(|pair| pair.strip_prefix(name)?.strip_prefix('=')).unwrap_or_default()
+        };
+        Attached {
+            address: format!("{}:{}", field("ip"), field("port")),
+            online: field("state") == "online",
+            silent_s: field("lag").parse().unwrap_or(u64::MAX),
+        }
+    }
+}
+
 /// What a server is, and the fence that its data carries.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Standing {
@@ -75,12 +132,17 @@ pub struct Standing {
     pub seq: u64,
     /// Names this run of the server process; another after each restart.
     pub run_id: String,
+    /// Who copies from whom.
+    pub replication: Replication,
+    /// Its append-only file has everything that it holds: it is on, and not being written anew, as it is after
+    /// everything was copied from another server.
+    pub log_ready: bool,
 }
 
 /// Asks a server for its role, fence and run in one step.
 pub async fn standing(conn: &mut impl ConnectionLike) -> Result<Standing, Error> {
     let mut info = redis::cmd("INFO");
-    info.arg("server");
+    info.arg("server").arg("replication").arg("persistence");
     let (moment, info) = at_once(conn, info).await?;
     let info = text(Some(match info {
         Value::VerbatimString { text, .. } => Value::SimpleString(text),
@@ -91,7 +153,16 @@ pub async fn standing(conn: &mut impl ConnectionLike) -> Result<Standing, Error>
         .find_map(|line| line.strip_prefix("run_id:"))
         .ok_or_else(|| Error::Malformed("INFO without run_id".to_owned()))?;
     let Moment { role, fence, seq } = moment;
-    Ok(Standing { role, fence, seq, run_id: run_id.trim().to_owned() })
+    Ok(Standing {
+        role,
+        fence,
+        seq,
+        run_id: run_id.trim().to_owned(),
+        replication: Replication::parse(&info),
+        log_ready: ["aof_enabled:1", "aof_rewrite_in_progress:0", "aof_rewrite_scheduled:0"]
+            .iter()
+            .all(|wanted| info.lines().any(|line| line.trim() == *wanted)),
+    })
 }
 
 /// What a server was when it answered.
@@ -207,6 +278,69 @@ async fn foresee(
         eval.arg(arg);
     }
     FenceOutcome::parse(Reply::parse(eval.query_async(conn).await?)?).map(Some)
+}
+
+/// Makes a server the replica of another, if its fence is still `expected` (S2). Whatever it holds is replaced by
+/// the other's data once that has arrived whole. The connection must not be shared: `WATCH` belongs to it.
+///
+/// Returns whether it happened: `false` means that the fence is not, or no longer, the expected one.
+pub async fn follow(
+    conn: &mut impl ConnectionLike,
+    expected: Option<&str>,
+    host: &str,
+    port: u16,
+) -> Result<bool, Error> {
+    change_role(conn, expected, host, &port.to_string()).await
+}
+
+/// Makes a server a master *without* a new fence, if its fence is still `expected` (S2): a source that the server
+/// of the master center copies from after it lost data. Nobody writes to it: whoever has authority writes to the
+/// server of the center that the fence names, and this one is another center's.
+///
+/// Returns whether it happened, as [`follow`].
+pub async fn open_as_source(conn: &mut impl ConnectionLike, expected: &str) -> Result<bool, Error> {
+    change_role(conn, Some(expected), "NO", "ONE").await
+}
+
+async fn change_role(
+    conn: &mut impl ConnectionLike,
+    expected: Option<&str>,
+    host: &str,
+    port: &str,
+) -> Result<bool, Error> {
+    if !watch(conn, expected).await? {
+        return Ok(false);
+    }
+    match replica_of(conn, host, port).await {
+        // A master at its memory bound queues nothing in MULTI, a replica does. Out of harm's way it loses
+        // nothing, and the fence is looked at again.
+        Err(error) if refused_for_memory(&error) => {
+            isolate(conn).await?;
+            if !watch(conn, expected).await? {
+                return Ok(false);
+            }
+            Ok(replica_of(conn, host, port).await?)
+        }
+        outcome => Ok(outcome?),
+    }
+}
+
+/// Watches the fence; whether it is the expected one.
+async fn watch(conn: &mut impl ConnectionLike, expected: Option<&str>) -> Result<bool, Error> {
+    redis::cmd("WATCH").arg(keys::FENCE).query_async::<()>(conn).await?;
+    let found: Option<String> = redis::cmd("GET").arg(keys::FENCE).query_async(conn).await?;
+    if found.as_deref() != expected {
+        redis::cmd("UNWATCH").query_async::<()>(conn).await?;
+        return Ok(false);
+    }
+    Ok(true)
+}
+
+async fn replica_of(conn: &mut impl ConnectionLike, host: &str, port: &str) -> Result<bool, RedisError> {
+    let mut pipe = redis::pipe();
+    pipe.atomic().cmd("REPLICAOF").arg(host).arg(port);
+    let answer: Option<Vec<Value>> = pipe.query_async(conn).await?;
+    Ok(answer.is_some())
 }
 
 /// Puts a server out of harm's way: it takes no writes and gives nobody its data, whatever it held.

@@ -47,6 +47,8 @@ pub struct Listeners {
     pub public: TcpListener,
     /// Operators.
     pub admin: TcpListener,
+    /// The other centers, where there are any.
+    pub internal: Option<TcpListener>,
 }
 
 /// What depends on how the service is started.
@@ -112,6 +114,7 @@ async fn serve(
     let topology = TopologyHandle::open_or_create(stores.topology, authority.clone(), first_topology(config))
         .await
         .context("the topology cannot be opened")?;
+    join(&topology, config).await?;
     topology.spawn(tracker, stop.clone());
     let me = Instance::new(
         config.center.id.clone(),
@@ -137,6 +140,8 @@ async fn serve(
             partition: PARTITION,
             redis_url: redis_url.to_string(),
             init: start.init,
+            diverged_dir: config.ledger.diverged_dir.as_path().into(),
+            degrade_after: Duration::from_millis(config.ledger.degrade_after_ms),
             process: start.process,
         },
         topology.clone(),
@@ -145,6 +150,7 @@ async fn serve(
         tracker,
         stop.clone(),
     )?;
+    metrics.register(|registry| guardian.metrics().register(registry));
     let parts = Parts {
         ledger: &config.ledger,
         inventory: &config.inventory,
@@ -228,7 +234,18 @@ async fn serve(
     Ok(())
 }
 
-/// What a new topology starts with: this center has everything, at an epoch that the ledger's creation lifts.
+/// Makes the topology know the configured centers, and their addresses as they are configured now.
+async fn join(topology: &TopologyHandle, config: &Config) -> anyhow::Result<()> {
+    let cluster = config.cluster.clone();
+    topology
+        .update(move |topology| topology.join(&cluster).map(drop))
+        .await
+        .map_err(|error| anyhow::anyhow!("{error}"))
+        .context("the configured centers do not fit the topology")
+}
+
+/// What a new topology starts with, at an epoch that the ledger's creation lifts: the configured centers, or this
+/// one with everything.
 fn first_topology(config: &Config) -> Topology {
     let center = Center {
         number: config.center.number,
@@ -245,7 +262,8 @@ fn first_topology(config: &Config) -> Topology {
         per_instance: config.limits.per_instance,
         ..Limits::default()
     };
-    Topology::single(new_ledger_id(), config.center.id.clone(), center, limits)
+    Topology::of_centers(new_ledger_id(), &config.cluster, limits.clone())
+        .unwrap_or_else(|| Topology::single(new_ledger_id(), config.center.id.clone(), center, limits))
 }
 
 fn queue(config: &Config, topology: &TopologyHandle, metrics: &Metrics) -> anyhow::Result<Queue> {

@@ -16,6 +16,7 @@ use crate::config::{Config, LogFormat, process_env};
 use crate::embedded::{self, DEFAULT_BASE_PORT, UpOptions};
 use crate::shift::InitPolicy;
 use crate::telemetry::{self, LogStyle};
+use crate::topology::Durability;
 
 /// The exit code after a second signal: the drain was not waited for. 128 + SIGINT, as shells count.
 const CUT_SHORT: i32 = 130;
@@ -23,13 +24,16 @@ const CUT_SHORT: i32 = 130;
 /// `seckill up …`
 #[derive(Debug, Args)]
 pub(super) struct UpArgs {
-    /// The centers to run; one for now
+    /// The centers to run, such as `a,b`; the first is the master of a new folder
     #[arg(long, value_delimiter = ',', default_value = "a")]
     centers: Vec<CenterId>,
+    /// What an acknowledged purchase survives, when a folder gets its second center
+    #[arg(long, value_enum, default_value_t = UpDurability::Replicated)]
+    durability: UpDurability,
     /// Where everything lies
     #[arg(long, default_value = "data")]
     data_dir: PathBuf,
-    /// First of ten ports: public, +1 admin, +2 internal, +3 Redis
+    /// First of ten ports for each center: public, +1 admin, +2 internal, +3 Redis
     #[arg(long, default_value_t = DEFAULT_BASE_PORT)]
     base_port: u16,
     /// Address of the public and admin listeners
@@ -38,6 +42,14 @@ pub(super) struct UpArgs {
     /// Settings that are not about places and keys, which `up` decides itself
     #[arg(long)]
     config: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum UpDurability {
+    /// The master's disk has it
+    Local,
+    /// The other center has it, too
+    Replicated,
 }
 
 /// `seckill serve …`
@@ -55,6 +67,10 @@ pub(super) fn up(args: UpArgs) -> Outcome {
     start_logging(&base)?;
     let options = UpOptions {
         centers: args.centers,
+        durability: match args.durability {
+            UpDurability::Local => Durability::Local,
+            UpDurability::Replicated => Durability::Replicated,
+        },
         data_dir: args.data_dir,
         base_port: args.base_port,
         bind: args.bind,
@@ -63,7 +79,8 @@ pub(super) fn up(args: UpArgs) -> Outcome {
     runtime()?.block_on(async {
         let shutdown = until_signal()?;
         embedded::up(options, std::io::stdout(), shutdown, |center| {
-            let listeners = Listeners { public: center.public, admin: center.admin };
+            let listeners =
+                Listeners { public: center.public, admin: center.admin, internal: center.internal };
             let start = Start {
                 init: InitPolicy::Automatic,
                 process: Some(center.process),
@@ -93,6 +110,10 @@ pub(super) fn serve(args: &ServeArgs) -> Outcome {
             let listeners = Listeners {
                 public: bind(config.listen.public).await?,
                 admin: bind(config.listen.admin).await?,
+                internal: match config.cluster.centers.len() {
+                    0 | 1 => None,
+                    _ => Some(bind(config.listen.internal).await?),
+                },
             };
             let start = Start { init: InitPolicy::Explicit, process: None, ready: None };
             app::run(config, listeners, start, shutdown).await

@@ -42,7 +42,7 @@ pub(super) async fn topology(command: TopologyCommand, format: Format) -> Outcom
 pub(super) async fn master(command: MasterCommand, format: Format) -> Outcome {
     let MasterCommand::Show { service } = command;
     let topology = fetch(&service).await?;
-    let fields = ["master", "epoch", "state", "in_sync", "shift", "ledger_id"];
+    let fields = ["master", "epoch", "state", "durability", "in_sync", "restoring", "shift", "ledger_id"];
     let picked: Map<String, Value> = fields
         .iter()
         .map(|name| ((*name).to_owned(), topology.get(*name).cloned().unwrap_or(Value::Null)))

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use seckill_domain::{CenterId, CenterNumber, Currency};
 use serde::Deserialize;
 
-use crate::topology::{self, Limits, Rate};
+use crate::topology::{self, Durability, Limits, Rate};
 
 pub use auth::{
     AuthConfig, KeyAlgorithm, KeyConfig, KeyError, KeyMaterial, KeyRing, Secret, without_newline,
@@ -55,6 +55,8 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// The config center.
     pub topology: TopologyConfig,
+    /// The centers that a new topology starts with.
+    pub cluster: ClusterConfig,
     /// Rules for all sales.
     pub sales: SalesConfig,
     /// Logs.
@@ -115,6 +117,11 @@ pub struct LedgerConfig {
     pub pool_size: usize,
     /// A call without an answer after this long is *unknown*. Default: 2000.
     pub response_timeout_ms: u64,
+    /// A replica that is in sync and lost for this long is taken off; the master sells on without it. Default: 5000.
+    pub degrade_after_ms: u64,
+    /// Where the outbox tail of a Redis that went another way than the master's is saved before it becomes a
+    /// replica. Default: `data`.
+    pub diverged_dir: PathBuf,
 }
 
 /// `[inventory]`: lanes, snapshots and the sold-out marker.
@@ -190,6 +197,36 @@ pub struct TopologyConfig {
     pub lease_ttl_ms: u64,
     /// How to reach etcd, where the store is `etcd`.
     pub etcd: EtcdConfig,
+}
+
+/// `[cluster]`: the centers, where there are several. A new topology starts with them: the first one is the
+/// master, the shards are split evenly. Centers that a topology does not know yet join it without shards.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ClusterConfig {
+    /// What an acknowledged purchase survives: `local`, or `replicated`, where another center has confirmed it.
+    /// Counts when a topology gets its second center. Default: `replicated`.
+    pub durability: Durability,
+    /// All centers, this one among them. Default: none, this center is alone.
+    pub centers: Vec<CenterSpec>,
+}
+
+/// A center as the others reach it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CenterSpec {
+    /// Its id.
+    pub id: CenterId,
+    /// Its number.
+    pub number: CenterNumber,
+    /// URL of its public listener.
+    pub public_url: String,
+    /// URL of its admin listener.
+    pub admin_url: String,
+    /// URL of its internal listener.
+    pub internal_url: String,
+    /// `HOST:PORT` of the Redis of each inventory partition. The account is the one of `ledger.partitions`.
+    pub ledger: Vec<String>,
 }
 
 /// Kind of topology store.
@@ -301,6 +338,8 @@ impl Default for LedgerConfig {
             max_memory_bytes: None,
             pool_size: 8,
             response_timeout_ms: 2000,
+            degrade_after_ms: 5000,
+            diverged_dir: PathBuf::from("data"),
         }
     }
 }
@@ -353,6 +392,12 @@ impl Default for TopologyConfig {
             lease_ttl_ms: 5000,
             etcd: EtcdConfig::default(),
         }
+    }
+}
+
+impl Default for ClusterConfig {
+    fn default() -> Self {
+        ClusterConfig { durability: Durability::Replicated, centers: Vec::new() }
     }
 }
 

@@ -85,6 +85,9 @@ impl Config {
             return problem("ledger.max_memory_bytes", "must be at least 16777216 (16 MiB)");
         }
 
+        within("ledger.degrade_after_ms", ledger.degrade_after_ms, 1000, 600_000)?;
+        self.validate_centers()?;
+
         let inventory = &self.inventory;
         within("inventory.lanes", inventory.lanes, 1, 256)?;
         within("inventory.max_batch", inventory.max_batch, 1, MAX_BATCH)?;
@@ -269,6 +272,43 @@ impl Config {
             }
         }
         found
+    }
+}
+
+impl Config {
+    fn validate_centers(&self) -> Result<(), Problem> {
+        let centers = &self.cluster.centers;
+        for (index, center) in centers.iter().enumerate() {
+            let key = format!("cluster.centers[{index}]");
+            let others = &centers[..index];
+            if others.iter().any(|other| other.id == center.id || other.number == center.number) {
+                return problem(&key, "two centers have the same id or number");
+            }
+            for url in [&center.public_url, &center.admin_url, &center.internal_url] {
+                if !is_http_url(url) {
+                    return problem(&key, format!("{url:?} must be an http:// or https:// URL"));
+                }
+            }
+            if center.ledger.len() != self.ledger.partitions.len() {
+                return problem(&format!("{key}.ledger"), "must have one HOST:PORT for each partition");
+            }
+            let is_address = |address: &String| {
+                address.rsplit_once(':').is_some_and(|(host, port)| {
+                    !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
+                })
+            };
+            if !center.ledger.iter().all(is_address) {
+                return problem(&format!("{key}.ledger"), "must be HOST:PORT");
+            }
+        }
+        let own = (&self.center.id, self.center.number);
+        if !centers.is_empty() && !centers.iter().any(|center| (&center.id, center.number) == own) {
+            return problem(
+                "cluster.centers",
+                format!("this center, {} with number {}, is not among them", own.0, own.1.get()),
+            );
+        }
+        Ok(())
     }
 }
 

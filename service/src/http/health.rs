@@ -102,9 +102,16 @@ pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Respons
             "as_of": seen.map(|(as_of, _)| as_of),
             "age_ms": seen.map(|(_, age_ms)| age_ms),
         },
+        "replication": crate::shift::Replication::from(&*state.guardian.server().borrow()),
         "store": store,
         "queue": { "kind": state.workers.queue(), "waiting": state.workers.waiting() },
-        "topology": { "state": topology.state, "epoch": topology.epoch, "master": topology.master },
+        "topology": {
+            "state": topology.state,
+            "epoch": topology.epoch,
+            "master": topology.master,
+            "durability": topology.durability,
+            "in_sync": topology.in_sync,
+        },
         "degraded": topology.state == crate::topology::TopologyState::Degraded,
     }))?;
     if stage != Stage::Serving {

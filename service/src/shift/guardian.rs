@@ -1,6 +1,7 @@
 //! The guardian: the task that gives one partition's server its role and keeps looking at it.
 
 use std::panic::AssertUnwindSafe;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,10 +15,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::ledger::{InitError, Ledger, LedgerError};
+use super::peers::{Access, Peers};
 use super::reclaim::{AdoptReport, Recovery};
+use super::status::{GuardianMetrics, ServerState};
+use super::sync::Replicas;
 use super::verdict::{InitPolicy, Seen, Verdict, isolates, judge};
 use crate::orders::OrderStore;
-use crate::topology::{Authority, Cause, NoAuthority, TopologyHandle};
+use crate::topology::{Authority, Cause, NoAuthority, Topology, TopologyHandle, TopologyState};
 
 /// How often the server is looked at: a ledger that is emptied or replaced stops sales within this time. (Its
 /// scripts refuse by their fence from the first moment.)
@@ -43,6 +47,10 @@ pub struct GuardianOptions {
     pub redis_url: String,
     /// Who creates the ledger.
     pub init: InitPolicy,
+    /// Where the tail of a ledger that went another way is saved before the server becomes a replica.
+    pub diverged_dir: Arc<Path>,
+    /// A replica that is in sync and lost for this long is taken off (D1).
+    pub degrade_after: Duration,
     /// What is known about the server's process by whoever runs it, to say why it does not answer.
     pub process: Option<watch::Receiver<ServerProcess>>,
 }
@@ -81,13 +89,29 @@ enum Request {
 #[derive(Debug, Clone)]
 pub struct GuardianHandle {
     requests: mpsc::Sender<Request>,
+    server: watch::Receiver<ServerState>,
+    metrics: GuardianMetrics,
 }
 
 impl GuardianHandle {
     /// A handle whose guardian has ended.
     #[cfg(test)]
     pub(crate) fn ended() -> GuardianHandle {
-        GuardianHandle { requests: mpsc::channel(1).0 }
+        GuardianHandle {
+            requests: mpsc::channel(1).0,
+            server: watch::channel(ServerState::Unknown).1,
+            metrics: GuardianMetrics::default(),
+        }
+    }
+
+    /// Follows what this center's server is.
+    pub fn server(&self) -> watch::Receiver<ServerState> {
+        self.server.clone()
+    }
+
+    /// Counters and gauges of the guardian.
+    pub fn metrics(&self) -> &GuardianMetrics {
+        &self.metrics
     }
 
     /// Creates the ledger on an empty server: `seckill ledger init`.
@@ -118,12 +142,18 @@ impl GuardianHandle {
 
 /// Looks after one partition's server.
 pub struct Guardian {
-    ledger: Ledger,
-    options: GuardianOptions,
-    topology: TopologyHandle,
-    authority: Authority,
+    pub(super) ledger: Ledger,
+    pub(super) options: GuardianOptions,
+    pub(super) topology: TopologyHandle,
+    pub(super) authority: Authority,
     orders: OrderStore,
-    state: State,
+    pub(super) peers: Peers,
+    pub(super) replicas: Replicas,
+    pub(super) metrics: GuardianMetrics,
+    pub(super) state: State,
+    server: watch::Sender<ServerState>,
+    /// Since when a replica that is in sync is waited for before this server is opened.
+    pub(super) waiting_since: Option<Instant>,
     /// Since when the server does not answer.
     silent_since: Option<Instant>,
     /// When the next promotion may be tried, and how many failed in a row.
@@ -132,7 +162,7 @@ pub struct Guardian {
     said: Option<NoAuthority>,
 }
 
-enum State {
+pub(super) enum State {
     /// The server is not in use.
     Out,
     /// It is the master.
@@ -152,13 +182,21 @@ impl Guardian {
         let ledger =
             Ledger::new(options.center.clone(), options.partition, &options.redis_url, topology.clone())?;
         let (requests, mut inbox) = mpsc::channel(REQUESTS);
+        let (server, follows) = watch::channel(ServerState::Unknown);
+        let metrics = GuardianMetrics::default();
+        let peers = Peers::new(Access::like(&options.redis_url)?, tracker, &token);
         let mut guardian = Guardian {
             ledger,
             options,
             topology,
             authority,
             orders,
+            peers,
+            replicas: Replicas::default(),
+            metrics: metrics.clone(),
             state: State::Out,
+            server,
+            waiting_since: None,
             silent_since: None,
             retry: None,
             said: None,
@@ -175,7 +213,7 @@ impl Guardian {
                 token.run_until_cancelled(tokio::time::sleep(RETRY_MAX)).await;
             }
         });
-        Ok(GuardianHandle { requests })
+        Ok(GuardianHandle { requests, server: follows, metrics })
     }
 
     async fn run(&mut self, inbox: &mut mpsc::Receiver<Request>, token: &CancellationToken) {
@@ -261,12 +299,18 @@ impl Guardian {
 
     async fn check(&mut self, thorough: bool) -> Result<(), LedgerError> {
         let topology = self.topology.current();
-        // Not this center's server to promote (S3): what it was admitted for is over.
+        self.show(&topology);
+        self.peers.keep(&topology, &self.options.center, self.options.partition);
+        // Not this center's server to promote: what it was admitted for is over.
         if topology.master != self.options.center {
             self.withdraw(NoAuthority::new(
                 Cause::NotMaster,
                 format!("center {} is the master", topology.master),
             ));
+            // S3: whoever runs a shift gives the servers their roles.
+            if topology.shift.is_none() {
+                self.look_after_replica(&topology).await;
+            }
             return Ok(());
         }
         if topology.shift.is_some() {
@@ -284,6 +328,7 @@ impl Guardian {
             if let State::Admitted { seq, .. } = &mut self.state {
                 *seq = standing.seq;
             }
+            self.care_for_replicas(&topology, &standing).await;
             return Ok(());
         }
         if !as_before {
@@ -299,6 +344,9 @@ impl Guardian {
         let seen = self.ledger.look(stored).await?;
         let verdict = judge(self.ledger.place(), &self.topology.current(), &seen, self.options.init);
         if matches!(verdict, Verdict::Lift { .. } | Verdict::Init | Verdict::Adopt) && self.must_wait() {
+            return Ok(());
+        }
+        if !self.is_behind_nobody(&topology, &seen, &verdict).await? {
             return Ok(());
         }
         match verdict {
@@ -371,11 +419,48 @@ impl Guardian {
         if !matches!(&self.state, State::Admitted { fence: known, .. } if *known == fence) {
             tracing::info!(partition, epoch, run_id, "the ledger's server is the master");
         }
-        self.authority.admit(partition, fence.clone(), &run_id, 0);
-        self.state = State::Admitted { text: fence.to_string(), fence, run_id, seq: seen.standing.seq };
+        self.readmit(fence, run_id, seen.standing.seq);
+        Ok(())
+    }
+
+    /// Puts the server into use at a fence.
+    pub(super) fn readmit(&mut self, fence: Fence, run_id: String, seq: u64) {
+        let replicas = match &*self.server.borrow() {
+            ServerState::Master { replicas, .. } => *replicas,
+            _ => 0,
+        };
+        self.authority.admit(self.options.partition, fence.clone(), &run_id, replicas);
+        self.state = State::Admitted { text: fence.to_string(), fence, run_id, seq };
         self.said = None;
         self.retry = None;
-        Ok(())
+        self.waiting_since = None;
+    }
+
+    /// Says what the server is, in the log when it is something else than before.
+    pub(super) fn report(&mut self, server: ServerState) {
+        self.metrics.show(&server);
+        let changed = self.server.send_if_modified(|current| {
+            let changed = *current != server;
+            current.clone_from(&server);
+            changed
+        });
+        if !changed {
+            return;
+        }
+        let partition = self.options.partition;
+        match &server {
+            ServerState::Refused(reason) => tracing::error!(partition, "this Redis is not used: {reason}"),
+            ServerState::Waiting(reason) => tracing::info!(partition, "this Redis is not attached: {reason}"),
+            ServerState::Attached => tracing::info!(partition, "this Redis has what the master has"),
+            ServerState::Unknown | ServerState::Master { .. } | ServerState::Source => {}
+        }
+    }
+
+    fn show(&self, topology: &Topology) {
+        let Epoch(epoch) = topology.epoch;
+        self.metrics.epoch.set(i64::try_from(epoch).unwrap_or(i64::MAX));
+        self.metrics.degraded.set(i64::from(topology.state == TopologyState::Degraded));
+        self.metrics.in_sync.set(i64::try_from(topology.in_sync.len()).unwrap_or(i64::MAX));
     }
 
     fn back_off(&mut self) {
@@ -426,7 +511,10 @@ impl Guardian {
                 Cause::TopologyUnwritable,
                 format!("a new epoch cannot be written down: {error}. Sales go on when it can"),
             ),
-            LedgerError::Changed | LedgerError::NotOurs(_) => {
+            LedgerError::Changed
+            | LedgerError::NotOurs(_)
+            | LedgerError::Peer(_)
+            | LedgerError::Tail { .. } => {
                 NoAuthority::new(Cause::Promoting, format!("{error}; it is looked at again"))
             }
             LedgerError::Schema(error) => NoAuthority::new(Cause::Schema, error.to_string()),
@@ -435,7 +523,7 @@ impl Guardian {
     }
 
     /// Takes the server out of use and says why.
-    fn refuse(&mut self, refusal: NoAuthority) {
+    pub(super) fn refuse(&mut self, refusal: NoAuthority) {
         self.withdraw(refusal.clone());
         if self.said.as_ref().map(|said| said.cause) != Some(refusal.cause) {
             tracing::error!(
@@ -448,13 +536,14 @@ impl Guardian {
         }
     }
 
-    fn withdraw(&mut self, refusal: NoAuthority) {
+    pub(super) fn withdraw(&mut self, refusal: NoAuthority) {
         // While something known is wrong, looking again does not make it a different answer.
         let refusal = match (&self.said, refusal.cause) {
             (Some(said), Cause::Promoting) => said.clone(),
             _ => refusal,
         };
         self.state = State::Out;
+        self.replicas.forget_told();
         self.authority.refuse(self.options.partition, refusal);
     }
 }

@@ -39,6 +39,18 @@ pub enum LedgerError {
     /// A shift is recorded, or another center is the master: not this center's business.
     #[error("{0}")]
     NotOurs(&'static str),
+    /// Another center's server cannot be used as the topology names it.
+    #[error("{0}")]
+    Peer(String),
+    /// What only this server has could not be saved, so it does not become a replica.
+    #[error("what only this Redis has cannot be saved in {}: {source}", folder.display())]
+    Tail {
+        /// The folder.
+        folder: std::path::PathBuf,
+        /// Why not.
+        #[source]
+        source: std::io::Error,
+    },
     /// The formats of this ledger are another release's; adopting would not convert them.
     #[error("{0}; run the release that wrote it")]
     Schema(InvalidFence),
@@ -125,7 +137,7 @@ impl Ledger {
         let conn = self.conn().await?;
         let standing = roles::standing(conn).await?;
         let last = outbox::last_id(conn).await?;
-        let keys: u64 = redis::cmd("DBSIZE").query_async(conn).await.map_err(seckill_ledger::Error::from)?;
+        let keys = self.keys().await?;
         // Every write of the ledger is an entry of its fence's epoch; a trimmed outbox may have none left.
         let epoch = standing.fence.as_deref().and_then(epoch_of).unwrap_or(0);
         let last = last.unwrap_or(OutboxId { epoch, seq: standing.seq });
@@ -211,6 +223,42 @@ impl Ledger {
         Err(LedgerError::Changed)
     }
 
+    /// Lifts the topology's epoch to that of a fence that is ahead of it (H1).
+    pub(crate) async fn lift_topology(&self, to: Epoch) -> Result<(), LedgerError> {
+        self.change_topology(move |topology| {
+            if topology.shift.is_some() {
+                return Err("a shift is recorded in the topology");
+            }
+            topology.epoch = topology.epoch.max(to);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Changes the topology as the guardian of the master, and only while no shift is recorded (D1).
+    pub(crate) async fn change_as_master<T: Send + 'static>(
+        &self,
+        mut change: impl FnMut(&mut Topology) -> Result<T, &'static str> + Send + 'static,
+    ) -> Result<T, LedgerError> {
+        let center = self.place.center.clone();
+        self.change_topology(move |topology| {
+            if topology.master != center {
+                return Err("another center is the master");
+            }
+            if topology.shift.is_some() {
+                return Err("a shift is recorded in the topology");
+            }
+            change(topology)
+        })
+        .await
+    }
+
+    /// How many keys the server holds.
+    pub(crate) async fn keys(&mut self) -> Result<u64, LedgerError> {
+        let conn = self.conn().await?;
+        Ok(redis::cmd("DBSIZE").query_async(conn).await.map_err(seckill_ledger::Error::from)?)
+    }
+
     async fn next_epoch(&self, floor: u64, adopting: bool) -> Result<Fence, LedgerError> {
         let Place { center, partition, .. } = self.place.clone();
         self.change_topology(move |topology| {
@@ -245,6 +293,7 @@ impl Ledger {
             run.run_id.clone_from(&run_id);
             run.epoch = epoch;
             topology.adopting.remove(&partition);
+            topology.restoring.remove(&partition);
             Ok(())
         })
         .await

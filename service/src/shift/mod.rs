@@ -7,7 +7,13 @@
 
 mod guardian;
 mod ledger;
+mod peers;
 mod reclaim;
+mod replica;
+mod restore;
+mod status;
+mod sync;
+mod tail;
 #[cfg(test)]
 mod tests;
 mod verdict;
@@ -15,4 +21,5 @@ mod verdict;
 pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, ServerProcess};
 pub use ledger::{InitError, Ledger, LedgerError};
 pub use reclaim::{AdoptReport, PaidWithoutClaim, Recovery};
+pub use status::{GuardianMetrics, Replication, ServerState};
 pub use verdict::InitPolicy;

@@ -49,6 +49,8 @@ pub enum Cause {
     Schema,
     /// The ledger is being adopted.
     Adopting,
+    /// The ledger lost data that a replica has; they are copied from there.
+    Restoring,
     /// The topology cannot be changed.
     TopologyUnwritable,
     /// The order database cannot be asked how far it has stored.
@@ -57,7 +59,7 @@ pub enum Cause {
 
 impl Cause {
     /// All causes.
-    pub const ALL: [Cause; 14] = [
+    pub const ALL: [Cause; 15] = [
         Cause::Starting,
         Cause::LeaseExpired,
         Cause::NotMaster,
@@ -70,6 +72,7 @@ impl Cause {
         Cause::Foreign,
         Cause::Schema,
         Cause::Adopting,
+        Cause::Restoring,
         Cause::TopologyUnwritable,
         Cause::OrdersUnreadable,
     ];
@@ -89,6 +92,7 @@ impl Cause {
             Cause::Foreign => "foreign",
             Cause::Schema => "schema",
             Cause::Adopting => "adopting",
+            Cause::Restoring => "restoring",
             Cause::TopologyUnwritable => "topology_unwritable",
             Cause::OrdersUnreadable => "orders_unreadable",
         }
@@ -110,6 +114,7 @@ impl Cause {
             | Cause::Shifting
             | Cause::Unreachable
             | Cause::Promoting
+            | Cause::Restoring
             | Cause::Adopting => false,
         }
     }

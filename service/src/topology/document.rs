@@ -52,6 +52,9 @@ pub struct Topology {
     /// Partitions whose ledger is being adopted: what was begun is finished before anything is sold.
     #[serde(default)]
     pub adopting: BTreeSet<u8>,
+    /// Partitions whose master lost data, and copies them from another center's server before it is opened.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub restoring: BTreeMap<u8, Restore>,
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,
@@ -75,6 +78,7 @@ impl Topology {
             limits,
             ledger_runs: BTreeMap::new(),
             adopting: BTreeSet::new(),
+            restoring: BTreeMap::new(),
             extra: Extra::new(),
         }
     }
@@ -164,6 +168,18 @@ pub struct InSync {
     pub center: CenterId,
     /// The run of its server (S4).
     pub run_id: String,
+    /// Fields of later releases.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// From where a master copies what it lost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restore {
+    /// The center whose server has it.
+    pub from: CenterId,
+    /// The fence that this server shows. It keeps it while it is copied from.
+    pub fence: String,
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,

@@ -6,6 +6,7 @@
 //! are alive.
 
 mod authority;
+mod centers;
 mod document;
 mod etcd_instances;
 mod etcd_store;
@@ -19,8 +20,9 @@ mod store;
 mod tests;
 
 pub use authority::{Acknowledge, Authority, AuthorityStatus, Cause, Grant, NoAuthority};
+pub use centers::split_shards;
 pub use document::{
-    Center, Durability, Extra, InSync, LedgerRun, Limits, Rate, SCHEMA, Topology, TopologyState,
+    Center, Durability, Extra, InSync, LedgerRun, Limits, Rate, Restore, SCHEMA, Topology, TopologyState,
     new_ledger_id,
 };
 pub use etcd_store::{EtcdOptions, EtcdStore};

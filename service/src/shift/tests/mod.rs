@@ -17,6 +17,8 @@ use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+mod two_centers;
+
 use super::*;
 use crate::orders::{OrderStore, Payment, PaymentId, StoreOptions, WorkerOptions, Workers};
 use crate::topology::{
@@ -99,6 +101,8 @@ impl World {
             partition: 0,
             redis_url: self.server.url(),
             init: self.init,
+            diverged_dir: self.dir.path().into(),
+            degrade_after: Duration::from_secs(5),
             process: None,
         };
         let guardian = Guardian::spawn(

@@ -1,0 +1,133 @@
+//! The tail of a ledger that went another way than the master's: saved before the server becomes a replica (S3).
+//!
+//! Within an epoch only one master writes, so an entry that two outboxes have under the same id is the same entry,
+//! and everything before it is the same, too. What this server has behind the last such entry exists nowhere else.
+
+use std::path::{Path, PathBuf};
+
+use redis::aio::MultiplexedConnection;
+use seckill_domain::{CenterId, Clock, OrderRecord, OutboxId, SystemClock};
+use seckill_ledger::outbox::{self, Event};
+use seckill_ledger::read;
+use seckill_ledger::roles::Standing;
+use serde_json::json;
+use tokio::fs::{self, File};
+use tokio::io::AsyncWriteExt;
+
+use super::ledger::LedgerError;
+
+/// Entries that are compared or written at once.
+const PAGE: usize = 256;
+
+/// A tail that was saved.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct SavedTail {
+    /// The file.
+    pub(crate) file: PathBuf,
+    /// The last entry that both have, if any.
+    pub(crate) common: Option<OutboxId>,
+    /// How many entries were saved.
+    pub(crate) entries: u64,
+    /// How many orders these hold.
+    pub(crate) orders: u64,
+}
+
+/// Whose tail it is.
+#[derive(Debug)]
+pub(crate) struct Owner<'a> {
+    pub(crate) center: &'a CenterId,
+    pub(crate) partition: u8,
+    /// The folder for the file.
+    pub(crate) folder: &'a Path,
+}
+
+/// Saves what `own` has in its outbox and the master has not; `None` if there is nothing. When this returns the
+/// file is on the disk.
+pub(crate) async fn save(
+    owner: &Owner<'_>,
+    standing: &Standing,
+    own: &mut MultiplexedConnection,
+    master: &mut MultiplexedConnection,
+) -> Result<Option<SavedTail>, LedgerError> {
+    let Some(last) = outbox::last_id(own).await? else { return Ok(None) };
+    let common = common(own, master, last).await?;
+    if common == Some(last) {
+        return Ok(None);
+    }
+    let saved_at = SystemClock.now();
+    let name = format!("diverged-{}-{}.ndjson", last.epoch, saved_at.0);
+    let (file, unfinished) = (owner.folder.join(&name), owner.folder.join(format!("{name}.new")));
+    let io = |source| LedgerError::Tail { folder: owner.folder.to_owned(), source };
+    fs::create_dir_all(owner.folder).await.map_err(io)?;
+    let mut out = File::create(&unfinished).await.map_err(io)?;
+    let head = json!({
+        "kind": "diverged", "v": 1, "center": owner.center, "partition": owner.partition,
+        "fence": standing.fence, "run_id": standing.run_id, "saved_at": saved_at,
+        "common": common.map(|id| id.to_string()), "last": last.to_string(),
+    });
+    let mut tail = SavedTail { file, common, entries: 0, orders: 0 };
+    let mut text = format!("{head}\n");
+    let mut after = common.unwrap_or(OutboxId::ZERO);
+    loop {
+        let page = outbox::read_raw(own, after, PAGE).await?;
+        let full = page.len() == PAGE;
+        for (raw, entry) in page {
+            after = entry.id;
+            tail.entries += 1;
+            let fields: serde_json::Map<String, serde_json::Value> =
+                raw.fields.into_iter().map(|(name, value)| (name, value.into())).collect();
+            let mut line = json!({ "id": entry.id.to_string(), "fields": fields });
+            if let Ok(Event::Orders(orders)) = &entry.event {
+                tail.orders += orders.len() as u64;
+                line["orders"] = claims(own, orders).await?;
+            }
+            text.push_str(&line.to_string());
+            text.push('\n');
+        }
+        out.write_all(text.as_bytes()).await.map_err(io)?;
+        text.clear();
+        if !full {
+            break;
+        }
+    }
+    out.sync_all().await.map_err(io)?;
+    fs::rename(&unfinished, &tail.file).await.map_err(io)?;
+    let folder = File::open(owner.folder).await.map_err(io)?;
+    folder.sync_all().await.map_err(io)?;
+    Ok(Some(tail))
+}
+
+/// The last entry that both have.
+async fn common(
+    own: &mut MultiplexedConnection,
+    master: &mut MultiplexedConnection,
+    last: OutboxId,
+) -> Result<Option<OutboxId>, LedgerError> {
+    let mut ids = vec![last];
+    loop {
+        if let Some(newest) = outbox::has(master, &ids).await?.into_iter().max() {
+            return Ok(Some(newest));
+        }
+        let Some(oldest) = ids.last() else { return Ok(None) };
+        // Sequences begin at 1, so there is an id before each.
+        let before = OutboxId { epoch: oldest.epoch, seq: oldest.seq.saturating_sub(1) };
+        ids = outbox::ids_before(own, before, PAGE).await?;
+    }
+}
+
+/// The orders of an entry, each with what the ledger holds of its user in that sale: under which key it was bought.
+async fn claims(
+    own: &mut MultiplexedConnection,
+    orders: &[OrderRecord],
+) -> Result<serde_json::Value, LedgerError> {
+    let Some(first) = orders.first() else { return Ok(json!([])) };
+    let users: Vec<_> = orders.iter().map(|order| order.uid.clone()).collect();
+    let claims = read::raw_claims(own, &first.sale_id, &users).await?;
+    let lines = orders.iter().zip(claims).map(|(order, claims)| {
+        json!({
+            "order_id": order.order_id, "uid": order.uid, "quantity": order.quantity,
+            "claims": claims.map(|bytes| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>()),
+        })
+    });
+    Ok(lines.collect())
+}
