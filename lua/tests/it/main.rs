@@ -7,5 +7,6 @@ mod fences;
 mod model;
 mod outbox;
 mod purchases;
+mod roles;
 mod sales;
 mod support;

@@ -35,7 +35,7 @@ pub use redis_server::{RedisError, RedisOptions, RedisServer};
 
 use crate::config::{CenterSpec, ClusterConfig, Config, KeyConfig, SecretUrl};
 use crate::shift::ServerProcess;
-use crate::topology::{Durability, FileStore, StoreError, TopologyStore};
+use crate::topology::{Durability, FileStore, StoreError};
 
 /// Purchases stop when the ledger has grown to this size, if the configuration names none: about five million
 /// claims.
@@ -170,7 +170,7 @@ where
         return Err(UpError::Centers(names()));
     }
     let data_dir = DataDir::open(&options.data_dir)?;
-    let plans = plan(&options, &data_dir).await?;
+    let plans = plan(&options, &data_dir)?;
     let ending = shutdown.child_token();
     let mut servers = Vec::new();
     let outcome = run(&options, &plans, &data_dir, &mut servers, &mut output, &ending, &mut serve).await;
@@ -245,8 +245,8 @@ where
 }
 
 /// Numbers, ports and addresses: those that the folder's topology has, and the next ones for new centers.
-async fn plan(options: &UpOptions, data_dir: &DataDir) -> Result<Vec<CenterSpec>, UpError> {
-    let known: BTreeMap<CenterId, CenterNumber> = match FileStore::new(data_dir.join(TOPOLOGY_FILE)).load().await {
+fn plan(options: &UpOptions, data_dir: &DataDir) -> Result<Vec<CenterSpec>, UpError> {
+    let known: BTreeMap<CenterId, CenterNumber> = match FileStore::new(data_dir.join(TOPOLOGY_FILE)).load() {
         Ok(found) => found.topology.centers.iter().map(|(id, center)| (id.clone(), center.number)).collect(),
         Err(StoreError::Missing { .. }) => BTreeMap::new(),
         Err(error) => return Err(error.into()),

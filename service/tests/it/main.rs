@@ -11,4 +11,5 @@ mod lifecycle;
 mod proxy;
 mod race;
 mod support;
+mod two_centers;
 mod up;

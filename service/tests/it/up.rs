@@ -15,6 +15,7 @@ use crate::support::PATIENCE;
 pub(crate) struct Up {
     dir: PathBuf,
     base_port: u16,
+    centers: String,
     child: Option<Child>,
     output: Arc<Mutex<Vec<String>>>,
     readers: Vec<std::thread::JoinHandle<()>>,
@@ -24,8 +25,14 @@ pub(crate) struct Up {
 impl Up {
     /// Starts it on an empty folder and waits for `ready`.
     pub(crate) fn start() -> Up {
+        Up::start_centers("a")
+    }
+
+    /// Starts these centers on an empty folder and waits for `ready`.
+    pub(crate) fn start_centers(centers: &str) -> Up {
         let dir = tempfile::tempdir().expect("a temporary folder");
         let mut up = Up::at(dir.path(), free_base_port());
+        up.centers(centers);
         up._owned = Some(dir);
         up.spawn(&[]);
         up.wait_ready();
@@ -37,6 +44,7 @@ impl Up {
         Up {
             dir: dir.to_owned(),
             base_port,
+            centers: "a".to_owned(),
             child: None,
             output: Arc::default(),
             readers: Vec::new(),
@@ -44,10 +52,15 @@ impl Up {
         }
     }
 
+    /// The centers that the next start runs.
+    pub(crate) fn centers(&mut self, centers: &str) {
+        centers.clone_into(&mut self.centers);
+    }
+
     /// Starts the process; `wait_ready` or `wait_exit` comes next.
     pub(crate) fn spawn(&mut self, env: &[(&str, &str)]) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_seckill"))
-            .args(["up", "--centers", "a", "--data-dir"])
+            .args(["up", "--centers", &self.centers, "--data-dir"])
             .arg(&self.dir)
             .args(["--base-port", &self.base_port.to_string()])
             .envs(env.iter().copied())
@@ -132,14 +145,24 @@ impl Up {
 
     /// kill -9 of the redis-server of center a. Tells its pid.
     pub(crate) fn kill_redis(&self) -> u32 {
-        let pid = self.redis_pid().expect("a redis-server runs");
+        self.kill_redis_of(1)
+    }
+
+    /// kill -9 of the redis-server of the center with this number. Tells its pid.
+    pub(crate) fn kill_redis_of(&self, number: u16) -> u32 {
+        let pid = self.redis_pid_of(number).expect("a redis-server runs");
         signal(pid, rustix::process::Signal::KILL);
         pid
     }
 
-    /// The redis-server that listens on this instance's port.
+    /// The redis-server of center a.
     pub(crate) fn redis_pid(&self) -> Option<u32> {
-        let port = format!(":{}", self.redis_port());
+        self.redis_pid_of(1)
+    }
+
+    /// The redis-server that listens on the port of the center with this number.
+    pub(crate) fn redis_pid_of(&self, number: u16) -> Option<u32> {
+        let port = format!(":{}", self.redis_port() + (number - 1) * 10);
         std::fs::read_dir("/proc").unwrap().flatten().find_map(|entry| {
             let pid: u32 = entry.file_name().to_str()?.parse().ok()?;
             let cmdline = std::fs::read(entry.path().join("cmdline")).ok()?;
@@ -163,9 +186,14 @@ impl Up {
         self.output.lock().unwrap().join("\n")
     }
 
-    /// A client of this instance.
+    /// A client of center a.
     pub(crate) fn client(&self) -> Client {
-        Client::new(self.base_port, &self.dir)
+        self.client_of(1)
+    }
+
+    /// A client of the center with this number.
+    pub(crate) fn client_of(&self, number: u16) -> Client {
+        Client::new(self.base_port + (number - 1) * 10, &self.dir)
     }
 
     /// Runs a command of the binary against this instance: exit code, standard output, standard error.
@@ -206,7 +234,7 @@ impl Drop for Up {
                 std::thread::sleep(Duration::from_millis(20));
             }
         }
-        if let Some(pid) = self.redis_pid() {
+        for pid in [self.redis_pid_of(1), self.redis_pid_of(2)].into_iter().flatten() {
             signal(pid, rustix::process::Signal::KILL);
         }
     }
@@ -218,15 +246,15 @@ fn signal(pid: u32, signal: rustix::process::Signal) {
     }
 }
 
-/// A base port whose first ten ports are free now; no other test of this process gets it.
+/// A base port with the ports of two centers, all free now; no other test of this process gets it.
 pub(crate) fn free_base_port() -> u16 {
     static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = 21_000 + (std::process::id() % 1500) as u16 * 10;
+    let start = 21_000 + (std::process::id() % 750) as u16 * 20;
     for _ in 0..1000 {
-        let base = start + NEXT.fetch_add(10, Ordering::Relaxed) % 8000;
-        if (base..base + 10).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
+        let base = start + NEXT.fetch_add(20, Ordering::Relaxed) % 8000;
+        if (base..base + 20).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
             return base;
         }
     }
-    panic!("no ten free ports in a row");
+    panic!("no twenty free ports in a row");
 }
