@@ -7,6 +7,7 @@
 mod audit;
 mod check;
 mod client;
+mod dead_letter;
 mod exit;
 mod ledger;
 mod output;
@@ -71,6 +72,9 @@ enum Command {
     /// Show the master center
     #[command(subcommand)]
     Master(show::MasterCommand),
+    /// Look at what could not be read and was set aside, and read it again
+    #[command(subcommand)]
+    DeadLetter(dead_letter::DeadLetterCommand),
     /// Compare ledger, outbox and order tables: 0 clean, 2 violation, 3 incomplete
     Audit(audit::AuditArgs),
 }
@@ -113,6 +117,7 @@ async fn ask(command: Command, format: Format) -> exit::Outcome {
         Command::Sale(command) => sale::run(command, format).await,
         Command::Topology(command) => show::topology(command, format).await,
         Command::Master(command) => show::master(command, format).await,
+        Command::DeadLetter(command) => dead_letter::run(command, format).await,
         Command::Audit(args) => audit::run(args, format).await,
         Command::Up(_) | Command::Serve(_) | Command::Config(_) | Command::Token(_) => {
             unreachable!("these need no service")

@@ -52,6 +52,8 @@ pub(super) fn add(routes: Routes<AdminState>) -> Routes<AdminState> {
         .get("/admin/v1/orders", list_orders)
         .get("/admin/v1/orders/{id}", get_order)
         .get("/admin/v1/refunds", list_refunds)
+        .get("/admin/v1/dead-letters", list_dead_letters)
+        .post("/admin/v1/dead-letters/replay", replay_dead_letters)
         .post("/admin/v1/ledger/init", super::ledger::init)
         .post("/admin/v1/ledger/adopt", super::ledger::adopt)
         .get("/admin/v1/topology", topology)
@@ -363,6 +365,31 @@ async fn list_refunds(state: Arc<AdminState>, call: Call) -> Result<Response, Pr
     let (limit, cursor) = call.query::<Paging>()?.checked()?;
     let Page { items, next } = state.orders.refunds(limit, cursor).await?;
     private_json(&Refunds { refunds: items, next_cursor: next })
+}
+
+async fn list_dead_letters(state: Arc<AdminState>, call: Call) -> Result<Response, Problem> {
+    #[derive(Serialize)]
+    struct DeadLetters {
+        dead_letters: Vec<crate::orders::Unreadable>,
+        next_cursor: Option<Cursor>,
+    }
+    state.operator(&call)?;
+    let (limit, cursor) = call.query::<Paging>()?.checked()?;
+    let Page { items, next } = state.orders.unreadable(limit, cursor).await?;
+    private_json(&DeadLetters { dead_letters: items, next_cursor: next })
+}
+
+async fn replay_dead_letters(state: Arc<AdminState>, mut call: Call) -> Result<Response, Problem> {
+    let actor = state.operator(&call)?;
+    call.no_fields().await?;
+    let topology = state.topology.current();
+    let mine = |shard| *topology.home_center(shard) == state.center;
+    let replay = crate::orders::replay(&state.orders, mine).await?;
+    tracing::info!(
+        read = replay.read, stored = replay.stored, unreadable = replay.unreadable.len(), %actor,
+        "dead letters were read again"
+    );
+    private_json(&replay)
 }
 
 async fn topology(state: Arc<AdminState>, call: Call) -> Result<Response, Problem> {

@@ -8,6 +8,7 @@
 //! two lines, and may run twice at the same time.
 
 mod batch;
+mod dead_letters;
 mod error;
 mod expiry;
 mod kafka;
@@ -25,6 +26,7 @@ mod workers;
 mod tests;
 
 pub use batch::{Advance, Origin, Place, StoreBatch, StoreOutcome, Unreadable};
+pub use dead_letters::{Replay, StillUnreadable, replay};
 pub use error::Error;
 pub use kafka::{CenterLabel, ConsumerStatus, KafkaMetrics, KafkaOptions, KafkaQueue, RelayStatus};
 pub use metrics::OrderMetrics;

@@ -478,7 +478,7 @@ impl Guardian {
     }
 
     async fn stored(&self) -> Result<OutboxId, NoAuthority> {
-        self.orders.position(self.options.partition).await.map_err(|error| {
+        self.orders.highest(self.options.partition).await.map_err(|error| {
             NoAuthority::new(
                 Cause::OrdersUnreadable,
                 format!("the order database does not say how far it has stored: {error}"),

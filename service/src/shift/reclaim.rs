@@ -82,7 +82,7 @@ impl Ledger {
     /// that an adoption is under way; the next one begins again and finds what is done already.
     pub async fn adopt(&mut self, orders: &OrderStore) -> Result<AdoptReport, Recovery> {
         let partition = self.place().partition;
-        let stored = orders.position(partition).await?;
+        let stored = orders.highest(partition).await?;
         let seen = self.look(stored).await?;
         if let Some(fence) = &seen.standing.fence
             && let Err(error @ InvalidFence::Schema { .. }) = fence.parse::<Fence>()

@@ -1,23 +1,26 @@
 //! Clients of Kafka, set up for what this service promises.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rdkafka::ClientContext;
 use rdkafka::admin::AdminClient;
+use rdkafka::topic_partition_list::Offset;
+use rdkafka::{ClientContext, TopicPartitionList};
 
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
-use rdkafka::consumer::{BaseConsumer, ConsumerContext};
+use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult};
 use rdkafka::message::DeliveryResult;
 use rdkafka::producer::{BaseRecord, ProducerContext, ThreadedProducer};
+use seckill_domain::Shard;
 use tokio_util::task::TaskTracker;
 
 use super::progress::Progress;
 use super::record::Outgoing;
 
 /// How long an administrative call, or a look at offsets, may take.
-pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of records that a consumer fetched and nobody has taken yet; some 100,000 orders.
 const PREFETCH_KIB: &str = "32768";
 /// Bytes in one answer to a fetch, over all partitions.
@@ -87,6 +90,12 @@ impl Connection {
         BaseConsumer::from_config_and_context(&config, Quiet)
     }
 
+    /// A client that looks at offsets and reads nothing.
+    pub(super) fn looker(&self, tracker: &TaskTracker) -> KafkaResult<Looker> {
+        let consumer = BaseConsumer::from_config_and_context(&self.client(), Quiet)?;
+        Ok(Looker { consumer: Some(Arc::new(consumer)), tracker: tracker.clone() })
+    }
+
     /// A producer whose records arrive once, in order and on every replica in sync, however long it takes.
     pub(super) fn sender(&self, progress: &Arc<Progress>, tracker: &TaskTracker) -> KafkaResult<Sender> {
         let mut config = self.client();
@@ -107,6 +116,55 @@ impl Connection {
 
     pub(super) fn admin(&self) -> KafkaResult<AdminClient<Quiet>> {
         AdminClient::from_config_and_context(&self.client(), Quiet)
+    }
+}
+
+/// Looks at offsets.
+pub(super) struct Looker {
+    // `None` only while it is being dropped.
+    consumer: Option<Arc<BaseConsumer<Quiet>>>,
+    tracker: TaskTracker,
+}
+
+impl Looker {
+    /// Asks for one edge of each of these partitions, with one call: its negative "timestamps" name the edges.
+    pub(super) async fn edges(
+        &self,
+        topic: &str,
+        shards: Vec<Shard>,
+        edge: Offset,
+    ) -> KafkaResult<BTreeMap<Shard, i64>> {
+        let Some(consumer) = self.consumer.clone() else { return Err(KafkaError::Canceled) };
+        let topic = topic.to_owned();
+        // The library blocks, and whoever drops its client last waits for its threads.
+        let work = move || {
+            let mut list = TopicPartitionList::with_capacity(shards.len());
+            for shard in shards {
+                list.add_partition_offset(&topic, i32::from(shard.number()), edge)?;
+            }
+            let found = consumer.offsets_for_times(list, CALL_TIMEOUT)?;
+            let mut edges = BTreeMap::new();
+            for element in found.elements() {
+                element.error()?;
+                let shard = u8::try_from(element.partition()).ok().and_then(Shard::new);
+                if let (Some(shard), Offset::Offset(offset)) = (shard, element.offset()) {
+                    edges.insert(shard, offset);
+                }
+            }
+            Ok(edges)
+        };
+        match tokio::task::spawn_blocking(work).await {
+            Ok(edges) => edges,
+            Err(failed) => std::panic::resume_unwind(failed.into_panic()),
+        }
+    }
+}
+
+impl Drop for Looker {
+    fn drop(&mut self) {
+        if let Some(consumer) = self.consumer.take() {
+            self.tracker.spawn_blocking(move || drop(consumer));
+        }
     }
 }
 

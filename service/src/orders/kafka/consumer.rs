@@ -8,16 +8,14 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rdkafka::TopicPartitionList;
-use rdkafka::consumer::{BaseConsumer, Consumer as _};
-use rdkafka::error::{KafkaError, KafkaResult};
+use rdkafka::error::KafkaError;
 use rdkafka::topic_partition_list::Offset;
 use seckill_domain::{CenterId, Shard};
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use super::client::{CALL_TIMEOUT, Connection, Quiet};
+use super::client::{Connection, Looker};
 use super::dead_letter::DeadLetters;
 use super::metrics::KafkaMetrics;
 use super::pump::{Batch, News, Poison, Pump};
@@ -162,7 +160,7 @@ impl Consumer {
         }
         // Until it went well once, the topics are looked at again.
         let topics_are_there = std::mem::take(&mut aside.checked);
-        let looker = Arc::new(self.connection.consumer()?);
+        let looker = self.connection.looker(&self.tracker)?;
         let ends = self.look(&looker, &stored).await?;
         aside.checked = topics_are_there;
         let mut lost = self.lost(&stored, &ends);
@@ -276,20 +274,12 @@ impl Consumer {
     }
 
     /// Asks the brokers where the partitions begin and end.
-    async fn look(&self, looker: &Arc<BaseConsumer<Quiet>>, stored: &Offsets) -> Result<Ends, Halt> {
-        let (looker, topic) = (Arc::clone(looker), self.topics.orders.clone());
-        let shards: Vec<Shard> = stored.keys().copied().collect();
-        let work = move || {
-            let first = edges(&looker, &topic, &shards, Offset::Beginning)?;
-            let last = edges(&looker, &topic, &shards, Offset::End)?;
-            let ends =
-                first.into_iter().filter_map(|(shard, first)| Some((shard, (first, *last.get(&shard)?))));
-            Ok(ends.collect())
-        };
-        match tokio::task::spawn_blocking(work).await {
-            Ok(ends) => ends.map_err(Halt::Kafka),
-            Err(failed) => std::panic::resume_unwind(failed.into_panic()),
-        }
+    async fn look(&self, looker: &Looker, stored: &Offsets) -> Result<Ends, Halt> {
+        let (topic, shards) = (&self.topics.orders, stored.keys().copied().collect::<Vec<_>>());
+        let first = looker.edges(topic, shards.clone(), Offset::Beginning).await?;
+        let last = looker.edges(topic, shards, Offset::End).await?;
+        let ends = first.into_iter().filter_map(|(shard, first)| Some((shard, (first, *last.get(&shard)?))));
+        Ok(ends.collect())
     }
 
     /// The partitions whose next record the brokers do not have and will never have.
@@ -300,7 +290,7 @@ impl Consumer {
             if next < first || next > last {
                 tracing::error!(%shard, next, first, last,
                     "the next record of this partition is gone from Kafka; the partition stands still until somebody \
-                     has looked (docs/operations/kafka.md)");
+                     has looked (docs/orders.md says what to do)");
                 lost.push(*shard);
             }
         }
@@ -329,29 +319,6 @@ struct Aside {
 
 fn behind(ends: &Ends, shard: Shard, next: i64) -> u64 {
     ends.get(&shard).map_or(0, |(_, last)| u64::try_from(last - next).unwrap_or(0))
-}
-
-/// One edge of each partition, asked with one call. Its negative "timestamps" name the edges.
-fn edges(
-    looker: &BaseConsumer<Quiet>,
-    topic: &str,
-    shards: &[Shard],
-    edge: Offset,
-) -> KafkaResult<BTreeMap<Shard, i64>> {
-    let mut list = TopicPartitionList::with_capacity(shards.len());
-    for shard in shards {
-        list.add_partition_offset(topic, i32::from(shard.number()), edge)?;
-    }
-    let found = looker.offsets_for_times(list, CALL_TIMEOUT)?;
-    let mut edges = BTreeMap::new();
-    for element in found.elements() {
-        element.error()?;
-        let shard = u8::try_from(element.partition()).ok().and_then(Shard::new);
-        if let (Some(shard), Some(offset)) = (shard, element.offset().to_raw()) {
-            edges.insert(shard, offset);
-        }
-    }
-    Ok(edges)
 }
 
 fn set_aside(poison: Poison) -> Unreadable {

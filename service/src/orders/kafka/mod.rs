@@ -13,7 +13,7 @@ mod record;
 mod relay;
 mod topics;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use seckill_domain::{CenterId, OrderRecord, Shard};
@@ -55,6 +55,8 @@ pub struct KafkaQueue {
     pub consumer: watch::Receiver<ConsumerStatus>,
     /// By inventory partition and center.
     pub relays: BTreeMap<(u8, CenterId), watch::Receiver<RelayStatus>>,
+    center: CenterId,
+    topology: watch::Receiver<Arc<Topology>>,
 }
 
 impl KafkaQueue {
@@ -106,7 +108,8 @@ impl KafkaQueue {
                 });
             }
         }
-        KafkaQueue { consumer, relays }
+        let (center, topology) = (options.center.clone(), options.topology.clone());
+        KafkaQueue { consumer, relays, center, topology }
     }
 
     /// What the queue waits for, if for anything.
@@ -130,7 +133,18 @@ impl KafkaQueue {
                 RelayStatus::Waiting { reason } => waiting.push(reason.clone()),
             }
         }
+        waiting.extend(self.without_brokers().into_iter().map(|center| {
+            format!("orders of center {center} stay in the outbox: kafka.centers.{center} is not configured")
+        }));
         waiting
+    }
+
+    /// Centers that this one has to publish to and knows no brokers of.
+    fn without_brokers(&self) -> BTreeSet<CenterId> {
+        let topology = self.topology.borrow();
+        let known = |center: &CenterId| self.relays.keys().any(|(_, known)| known == center);
+        let owners = topology.shard_owners.iter().filter(|_| topology.master == self.center);
+        owners.filter(|owner| !known(owner)).cloned().collect()
     }
 }
 

@@ -141,6 +141,10 @@ async fn an_unreadable_entry_is_set_aside_and_holds_nobody_up(mut line: Line) {
         (Some(_), Origin::Kafka { offset, .. }) => assert!(offset >= 0),
         other => panic!("{:?}", other.1),
     }
+    // This release cannot read it either; one that writes it right can.
+    let replay = crate::orders::replay(&line.shop.db.store, |_| true).await.unwrap();
+    assert_eq!((replay.read, replay.unreadable.len()), (0, 1));
+    assert!(replay.unreadable[0].reason.contains("terms"), "{replay:?}");
 }
 
 async fn nothing_leaves_a_ledger_without_authority(mut line: Line) {

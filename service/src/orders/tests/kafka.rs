@@ -43,6 +43,17 @@ fn topology() -> Topology {
     Topology::single(LedgerId::new("test").unwrap(), center("a"), a, Limits::default())
 }
 
+/// Two centers; `b` answers which shards are at home in the second.
+fn two_centers(b: impl Fn(Shard) -> bool) -> Topology {
+    let mut two = topology();
+    let other = two.centers[&center("a")].clone();
+    two.centers.insert(center("b"), Center { number: CenterNumber::new(2).unwrap(), ..other });
+    for shard in Shard::all().filter(|shard| b(*shard)) {
+        two.shard_owners[usize::from(shard.number())] = center("b");
+    }
+    two
+}
+
 impl KafkaLine {
     pub(super) async fn new() -> KafkaLine {
         KafkaLine::at(seckill_parts::shared::kafka().await.unwrap())
@@ -201,6 +212,119 @@ async fn a_poison_record_goes_to_the_dead_letters_and_its_partition_goes_on() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_a_later_release_can_read_is_stored_by_a_replay() {
+    let shop = Shop::open().await;
+    let bob = order("bob", 700, &product(100, 900));
+    let shard = bob.uid.table().shard();
+    let raw = |kind: &str, content: serde_json::Value| {
+        let content = content.to_string();
+        serde_json::json!({ "kind": kind, "outbox": "0/1-700", "key": "bob", "content": content }).to_string()
+    };
+    let aside = |offset, raw: String| crate::orders::Unreadable {
+        origin: Origin::Kafka { shard, offset },
+        reason: "an earlier release".to_owned(),
+        raw,
+    };
+    // An entry of the outbox that the relay could not read; what it holds this release reads.
+    let table = bob.uid.table();
+    let entry = serde_json::json!({
+        "v": "1", "k": "orders", "s": "s", "a": "5", "t": serde_json::to_string(&*bob.terms).unwrap(),
+        "o": format!("1{table}00001 1 bob\n"),
+    });
+    let relayed = serde_json::json!({ "v": 1, "reason": "then", "raw": entry.to_string() });
+    let unreadable = vec![
+        aside(1, raw("seckill.order.accepted", content(&bob))),
+        aside(2, raw("seckill.order.accepted", content(&bob))),
+        aside(3, raw("seckill.unreadable", relayed).replace("0/1-700", "0/1-701")),
+        aside(4, raw("gift", content(&bob))),
+    ];
+    shop.db.store.store(StoreBatch { unreadable, ..StoreBatch::default() }).await.unwrap();
+    for (read, stored, duplicates) in [(3, 2, 1), (0, 0, 0)] {
+        let replay = crate::orders::replay(&shop.db.store, |_| true).await.unwrap();
+        assert_eq!((replay.read, replay.stored, replay.duplicates), (read, stored, duplicates));
+        assert_eq!(replay.unreadable.len(), 1);
+        assert!(replay.unreadable[0].reason.contains("gift"));
+    }
+    assert_eq!(shop.db.store.order(bob.order_id).await.unwrap().unwrap().order_id, bob.order_id);
+    assert_eq!(shop.db.store.counts(None).await.unwrap().unreadable, 1);
+}
+
+/// Purchases go on whatever becomes of the broker; their orders come when it is back, each once.
+#[tokio::test(flavor = "multi_thread")]
+async fn orders_wait_for_a_broker_that_is_away_and_arrive_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let broker = seckill_parts::Kafka::start(folder.path()).await.unwrap();
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::at(broker.bootstrap());
+    broker.stop().await;
+    // The service starts without its broker.
+    let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+    let mut bought = shop.buy("s", &["early"]).await.len() as u64;
+    eventually(async || running.workers.waiting().len() == 2).await;
+    broker.restart().await.unwrap();
+    eventually(async || shop.stored("s").await == 1).await;
+    for round in 0..3 {
+        match round {
+            0 => broker.pause(),
+            1 => broker.kill(),
+            _ => broker.stop().await,
+        }
+        for n in 0..20 {
+            let uids: Vec<String> = (0..10).map(|user| format!("r{round}-{n}-{user}")).collect();
+            bought += shop.buy("s", &uids.iter().map(String::as_str).collect::<Vec<_>>()).await.len() as u64;
+        }
+        if round == 0 {
+            broker.resume()
+        } else {
+            broker.restart().await.unwrap()
+        }
+        eventually(async || shop.stored("s").await == bought).await;
+    }
+    running.stop().await;
+    assert_eq!(shop.db.store.metrics().stored.get(), bought);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_center_whose_broker_is_away_holds_back_its_own_orders_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let away = seckill_parts::Kafka::start(folder.path()).await.unwrap();
+    away.stop().await;
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::new().await;
+    line.topology.send_replace(Arc::new(two_centers(|shard| shard.number() % 2 == 1)));
+    let mut options = line.options();
+    options.centers.insert(center("b"), vec![("bootstrap.servers".to_owned(), away.bootstrap())]);
+    let uids: Vec<String> = (0..100).map(|n| format!("u{n}")).collect();
+    let at_home = |uid: &String| user(uid).table().shard().number() % 2 == 0;
+    let own = uids.iter().filter(|uid| at_home(uid)).count() as u64;
+    shop.buy("s", &uids.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &Queue::Kafka(options));
+    eventually(async || shop.stored("s").await == own).await;
+    eventually(async || !running.workers.waiting().is_empty()).await;
+    away.restart().await.unwrap();
+    let b = KafkaLine {
+        bootstrap: away.bootstrap(),
+        prefix: line.prefix.clone(),
+        ..KafkaLine::at(String::new())
+    };
+    // What it acknowledged is noted, up to the last entry.
+    let last = seckill_ledger::outbox::last_id(&mut shop.conn).await.unwrap().unwrap();
+    let mut conn = shop.redis.connect().await;
+    eventually(async || {
+        let noted = seckill_ledger::cursor(&mut conn, &center("b")).await.unwrap();
+        noted.is_some_and(|noted| noted.id == last)
+    })
+    .await;
+    let label = crate::orders::CenterLabel { center: "b".to_owned() };
+    assert!(line.metrics.published.get_or_create(&label).get() >= 100 - own);
+    eventually(async || running.workers.waiting().is_empty()).await;
+    running.stop().await;
+    // Sales are told to every center.
+    assert_eq!(b.read("seckill.sales", 1).len(), 1);
+    assert_eq!(shop.stored("s").await, own);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn records_are_cloud_events_and_sales_are_told_to_everybody() {
     let mut shop = Shop::open().await;
     let line = KafkaLine::new().await;
@@ -276,14 +400,8 @@ async fn records_that_are_gone_are_never_skipped_in_silence() {
 async fn only_the_partitions_of_this_centers_shards_are_read() {
     let mut shop = Shop::open().await;
     let line = KafkaLine::new().await;
-    let mine = Shard::new(user("bob").table().shard().number()).unwrap();
-    let mut two = topology();
-    let b = two.centers[&center("a")].clone();
-    two.centers.insert(center("b"), Center { number: CenterNumber::new(2).unwrap(), ..b });
-    for shard in Shard::all().filter(|shard| *shard != mine) {
-        two.shard_owners[usize::from(shard.number())] = center("b");
-    }
-    let one = line.topology.send_replace(Arc::new(two));
+    let mine = user("bob").table().shard();
+    let one = line.topology.send_replace(Arc::new(two_centers(|shard| shard != mine)));
     let uids: Vec<String> = (0..64).map(|n| format!("u{n}")).collect();
     let mut uids: Vec<&str> =
         uids.iter().map(String::as_str).filter(|uid| user(uid).table().shard() != mine).collect();
