@@ -7,7 +7,8 @@ use serde_json::json;
 
 use super::exit::{Exit, Failure, Outcome};
 use super::output::{Format, print, print_json};
-use crate::config::{Config, DEFAULT_TOML, process_env};
+use crate::config::{Config, DEFAULT_TOML, TopologyStoreKind, process_env};
+use crate::topology::{FileStore, StoreError};
 
 /// `seckill config …`
 #[derive(Debug, Subcommand)]
@@ -15,7 +16,8 @@ pub(super) enum ConfigCommand {
     /// Check a configuration: errors end with 1, warnings are listed
     ///
     /// Reads the file and SECKILL__SECTION__KEY of the environment as `serve` would, and the files of the token
-    /// keys.
+    /// keys and of etcd's password and certificates. A topology in a file is an error when the centers that it
+    /// names are on different hosts.
     Check {
         /// Configuration file
         #[arg(long, value_name = "FILE")]
@@ -39,7 +41,18 @@ pub(super) fn run(command: ConfigCommand, format: Format) -> Outcome {
     };
     let config = Config::load(path.as_deref(), process_env()).map_err(Failure::error)?;
     config.read_keys().map_err(Failure::error)?;
-    let warnings = config.warnings();
+    let mut warnings = config.warnings();
+    match config.topology.store {
+        TopologyStoreKind::File => match FileStore::new(&config.topology.path).load() {
+            Ok(found) => warnings.extend(config.check_centers(&found.topology).map_err(Failure::error)?),
+            // The first start creates it.
+            Err(StoreError::Missing { .. }) => {}
+            Err(error) => return Err(Failure::error(error)),
+        },
+        TopologyStoreKind::Etcd => {
+            config.topology.etcd.options().map_err(Failure::error)?;
+        }
+    }
     match format {
         Format::Json => {
             let warnings: Vec<_> = warnings

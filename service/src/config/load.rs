@@ -381,6 +381,35 @@ mod tests {
     }
 
     #[test]
+    fn etcd_is_checked_where_it_is_used() {
+        let etcd = |rest: &str| format!("[topology]\nstore = \"etcd\"\n[topology.etcd]\n{rest}");
+        load(&etcd(""), &[]).unwrap();
+        load("[topology.etcd]\nendpoints = []", &[]).unwrap();
+        for (wrong, key) in [
+            ("endpoints = []", "topology.etcd.endpoints"),
+            ("endpoints = [\"10.0.0.1:2379\"]", "topology.etcd.endpoints[0]"),
+            ("endpoints = [\"http://a:1\", \"https://b:1\"]", "topology.etcd.endpoints"),
+            ("ca_file = \"ca.pem\"", "topology.etcd.endpoints"),
+            ("endpoints = [\"https://a:1\"]\ncert_file = \"c.pem\"", "topology.etcd.cert_file"),
+            ("prefix = \"/\"", "topology.etcd.prefix"),
+            ("username = \"u\"", "topology.etcd.username"),
+            ("password_file = \"p\"", "topology.etcd.password_file"),
+            ("request_timeout_ms = 2500", "topology.etcd.request_timeout_ms"),
+            ("password = \"hush\"", "topology.etcd.password"),
+        ] {
+            let text = error(&etcd(wrong), &[]);
+            assert!(text.starts_with(&format!("{key}: ")) && !text.contains("hush"), "{wrong}: {text}");
+        }
+        let secret = ("SECKILL__TOPOLOGY__ETCD__PASSWORD", "123");
+        let config = load(&etcd("username = \"u\""), &[secret]).unwrap();
+        let options = config.topology.etcd.options().unwrap();
+        assert_eq!(options.user, Some(("u".to_owned(), "123".to_owned())));
+        assert!(!format!("{config:?} {options:?}").contains("123"));
+        let config = load(&etcd("endpoints = [\"http://10.0.0.1:2379\"]"), &[]).unwrap();
+        assert!(config.warnings().iter().any(|warning| warning.key == "topology.etcd.endpoints[0]"));
+    }
+
+    #[test]
     fn a_secret_is_its_bytes_without_the_newline_at_the_end() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("secret");

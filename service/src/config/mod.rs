@@ -8,6 +8,7 @@
 //! not show them.
 
 mod auth;
+mod centers;
 mod etcd;
 mod kafka;
 mod load;

@@ -266,6 +266,8 @@ async fn probes_and_the_inquiry_call_tell_where_things_stand() {
         (&json!("a"), &json!("http://127.0.0.1:1"))
     );
     assert!(route.header("set-cookie").starts_with(&format!("seckill_shard={};", table % 64)));
+    let topology = shop.admin("GET", "/admin/v1/topology", &[], "").await;
+    assert_eq!((&topology.body["master"], &topology.body["instances"]), (&json!("a"), &json!([])));
     let audit = shop
         .call_admin(
             "GET",
