@@ -119,7 +119,8 @@ impl KafkaConfig {
         let clusters =
             self.centers.iter().map(|(id, cluster)| (format!("kafka.centers.{id}"), cluster.clone()));
         for (key, cluster) in std::iter::once(("kafka".to_owned(), self.own())).chain(clusters) {
-            if cluster.is_plain()
+            if !cluster.bootstrap.is_empty()
+                && cluster.is_plain()
                 && !cluster.bootstrap.split(',').all(|broker| is_local(&format!("kafka://{broker}")))
             {
                 warn(
