@@ -184,6 +184,17 @@ impl Config {
                 warn(key, "plain text to other machines: tokens can be read on the way; put TLS in front and advertise https://".to_owned());
             }
         }
+        let plain = self.ledger.partitions.iter().any(|url| url.starts_with("redis://"));
+        for (index, center) in self.cluster.centers.iter().enumerate() {
+            if plain && center.ledger.iter().any(|address| !is_local(&format!("redis://{address}"))) {
+                warn(
+                    &format!("cluster.centers[{index}].ledger"),
+                    "replication and the guardians' looks go to other machines in plain text; use rediss:// in \
+                     ledger.partitions and tls-replication in Redis, or a private link"
+                        .to_owned(),
+                );
+            }
+        }
         if !self.listen.admin.ip().is_loopback() {
             warn(
                 "listen.admin",

@@ -437,18 +437,18 @@ impl Guardian {
     }
 
     /// Says what the server is, in the log when it is something else than before.
-    pub(super) fn report(&mut self, server: ServerState) {
-        self.metrics.show(&server);
+    pub(super) fn report(&mut self, server: &ServerState) {
+        self.metrics.show(server);
         let changed = self.server.send_if_modified(|current| {
-            let changed = *current != server;
-            current.clone_from(&server);
+            let changed = *current != *server;
+            current.clone_from(server);
             changed
         });
         if !changed {
             return;
         }
         let partition = self.options.partition;
-        match &server {
+        match server {
             ServerState::Refused(reason) => tracing::error!(partition, "this Redis is not used: {reason}"),
             ServerState::Waiting(reason) => tracing::info!(partition, "this Redis is not attached: {reason}"),
             ServerState::Attached => tracing::info!(partition, "this Redis has what the master has"),

@@ -19,10 +19,10 @@ impl Guardian {
     /// One look at a server that is to be a replica. What goes wrong is told and tried again.
     pub(super) async fn look_after_replica(&mut self, topology: &Topology) {
         match self.as_replica(topology).await {
-            Ok(place) => self.report(place),
+            Ok(place) => self.report(&place),
             Err(error) => {
                 self.ledger.disconnect();
-                self.report(ServerState::Waiting(format!("{error}").into()));
+                self.report(&ServerState::Waiting(format!("{error}").into()));
             }
         }
     }

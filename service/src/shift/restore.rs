@@ -1,7 +1,8 @@
 //! A master whose server is behind a replica: it lost data, and they come from there (S5).
 //!
 //! Nothing that was acknowledged may be lost, and no id may be given out twice, so such a master is not opened.
-//! A replica whose link is down serves nobody who wants to copy from it, so it has to become a master for that. What happens:
+//! A replica whose link is down serves nobody who wants to copy from it, so it has to become a master for that.
+//! What happens:
 //!
 //! 1. the master's guardian records in the topology from whom it copies;
 //! 2. the guardian of that center opens its server, at its old fence: nobody writes to it, because authority to

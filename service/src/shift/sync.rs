@@ -67,7 +67,7 @@ impl Guardian {
             .collect();
         let unseen = views.iter().filter(|(_, view)| view.is_err()).count();
         let unknown = self.unknown_replicas(standing, online.saturating_sub(known.len() + unseen));
-        self.report(ServerState::Master { replicas: online, unknown });
+        self.report(&ServerState::Master { replicas: online, unknown });
         if self.replicas.told != Some(online)
             && let State::Admitted { fence, run_id, .. } = &self.state
         {
