@@ -1,4 +1,5 @@
-//! How fast orders are stored: `cargo run --release --example store_rate [ORDERS [BATCH ...]]`.
+//! How fast orders are stored: `cargo run --release --example store_rate [mysql://…] [ORDERS [BATCH ...]]`. Without a
+//! server's URL it is a SQLite file. A database on a server is used as it is: begin with an empty one, and one batch size.
 //!
 //! Every order has a buyer of its own, as after a flash sale; every batch is a transaction that is synced. CPU is
 //! this process' user and system time, so it includes SQLite's thread.
@@ -15,7 +16,9 @@ use seckill_domain::{
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>());
+    let mut args = std::env::args().skip(1).peekable();
+    let server = args.next_if(|arg| arg.starts_with("mysql://"));
+    let mut args = args.map(|arg| arg.parse::<usize>());
     let orders = args.next().transpose()?.unwrap_or(400_000);
     let mut batches = args.collect::<Result<Vec<_>, _>>()?;
     if batches.is_empty() {
@@ -25,15 +28,15 @@ async fn main() -> Result<()> {
     println!("| --- | --- | --- | --- | --- |");
     for batch in batches {
         // One order a transaction measures the disk's sync, so a few will do.
-        measure(orders.min(batch * 2000), batch).await?;
+        measure(server.as_deref(), orders.min(batch * 2000), batch).await?;
     }
     Ok(())
 }
 
-async fn measure(orders: usize, batch: usize) -> Result<()> {
+async fn measure(server: Option<&str>, orders: usize, batch: usize) -> Result<()> {
     let folder = tempfile::tempdir_in(".")?;
     let path = folder.path().join("orders.db");
-    let url = format!("sqlite:{}", path.display());
+    let url = server.map_or_else(|| format!("sqlite:{}", path.display()), str::to_owned);
     let store = OrderStore::open(&url, StoreOptions::new(CenterId::new("a")?)).await?;
     let sale_id = SaleId::new("bench")?;
     let terms: Arc<SaleTerms> = Arc::new(serde_json::from_str(
@@ -82,7 +85,7 @@ async fn measure(orders: usize, batch: usize) -> Result<()> {
         stored as f64 / seconds,
         each(user + system),
         each(system),
-        std::fs::metadata(&path)?.len() / stored,
+        std::fs::metadata(&path).map_or(0, |file| file.len()) / stored.max(1),
     );
     Ok(())
 }

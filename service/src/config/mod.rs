@@ -150,9 +150,10 @@ pub struct InventoryConfig {
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OrdersConfig {
-    /// `sqlite:PATH`. Default: `sqlite:data/orders.db`.
+    /// `sqlite:PATH`, or `mysql://USER:PASSWORD@HOST:PORT/DATABASE` for MySQL 8 and MariaDB 10.11 or later, with
+    /// `?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE` for TLS. Default: `sqlite:data/orders.db`.
     pub database_url: SecretUrl,
-    /// Connections that read; there is one that writes. Default: 4.
+    /// Connections that read. Those that write come on top: one with SQLite, eight with MySQL. Default: 4.
     pub max_connections: u32,
     /// Orders stored in one transaction at most. Default: 4096.
     pub store_batch: usize,

@@ -103,9 +103,20 @@ impl Config {
         within("inventory.winners_max", inventory.winners_max, 0, 100_000_000)?;
 
         let orders = &self.orders;
-        match orders.database_url.strip_prefix("sqlite:") {
-            Some(path) if !path.trim_start_matches('/').is_empty() => {}
-            _ => return problem("orders.database_url", "must be sqlite:PATH"),
+        let url: &str = &orders.database_url;
+        let named = match (url.strip_prefix("sqlite:"), url.strip_prefix("mysql://")) {
+            (Some(path), _) => !path.trim_start_matches('/').is_empty(),
+            (_, Some(server)) => server.split_once('/').is_some_and(|(host, database)| {
+                !host.is_empty() && !database.split('?').next().unwrap_or_default().is_empty()
+            }),
+            (None, None) => false,
+        };
+        if !named {
+            // The value is not repeated: it may hold a password.
+            return problem(
+                "orders.database_url",
+                "must be sqlite:PATH or mysql://USER:PASSWORD@HOST:PORT/DATABASE",
+            );
         }
         within("orders.max_connections", orders.max_connections, 1, 1024)?;
         within("orders.store_batch", orders.store_batch, 1, 65_536)?;

@@ -418,6 +418,9 @@ impl From<orders::Error> for Problem {
             orders::Error::Closed | orders::Error::NotOwner(_) => {
                 Problem::new(Code::OrdersUnavailable).executed(Executed::No)
             }
+            error @ orders::Error::Unknown(_) => {
+                Problem::new(Code::OrdersUnavailable).executed(Executed::Unknown).caused_by(error)
+            }
             error if error.is_transient() => {
                 Problem::new(Code::OrdersUnavailable).executed(Executed::No).caused_by(error)
             }

@@ -1,6 +1,7 @@
 //! What can go wrong with the order database.
 
 use seckill_domain::{InvalidId, InvalidMoney, Shard, UnknownState};
+use sqlx::mysql::MySqlDatabaseError;
 
 use super::batch::Place;
 
@@ -8,8 +9,8 @@ use super::batch::Place;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The database URL is none of ours.
-    #[error("database_url must be sqlite:PATH, not {0:?}")]
-    Url(String),
+    #[error("database_url must be sqlite:PATH or mysql://USER:PASSWORD@HOST:PORT/DATABASE")]
+    Url,
     /// The database could not be opened.
     #[error("the order database {path} cannot be opened: {source}")]
     Open {
@@ -34,6 +35,10 @@ pub enum Error {
     /// Locked, out of space, read-only, gone: nothing was written, and the same call may succeed later.
     #[error("the order database did not answer: {0}")]
     Unavailable(#[source] sqlx::Error),
+    /// The answer to a commit was lost, and the database could not be asked since. The write may have happened; the
+    /// same call again finds out.
+    #[error("the order database did not answer a commit: {0}")]
+    Unknown(#[source] sqlx::Error),
     /// The database refused the statement.
     #[error("the order database refused: {0}")]
     Database(#[source] sqlx::Error),
@@ -61,12 +66,76 @@ pub enum Error {
     NotOwner(Shard),
 }
 
+/// What MySQL and MariaDB answer when the same statement may succeed later: out of connections, of disk or of memory,
+/// shutting down, read-only, a lock that was not free, a deadlock, a statement that was ended or took too long.
+const MYSQL_PASSING: [u16; 19] = [
+    1021, 1037, 1038, 1040, 1041, 1053, 1114, 1158, 1159, 1160, 1161, 1205, 1213, 1290, 1317, 1836, 1927,
+    1969, 3024,
+];
+/// Those after which the transaction is tried again at once: a lock that was not free, a deadlock, and a row that
+/// somebody else wrote since it was looked for.
+const MYSQL_CONTENDED: [u16; 3] = [1062, 1205, 1213];
+
+/// The number of an error that a MySQL or MariaDB server answered.
+pub(super) fn mysql_number(error: &sqlx::Error) -> Option<u16> {
+    let error = error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?;
+    Some(error.number())
+}
+
 impl Error {
+    /// Whether another transaction was in the way.
+    pub(super) fn is_contended(&self) -> bool {
+        match self {
+            Error::Unavailable(error) | Error::Database(error) => {
+                mysql_number(error).is_some_and(|number| MYSQL_CONTENDED.contains(&number))
+            }
+            Error::Url
+            | Error::Open { .. }
+            | Error::Migrate(_)
+            | Error::ForeignCenter { .. }
+            | Error::Unknown(_)
+            | Error::Row(_)
+            | Error::Overloaded
+            | Error::Closed
+            | Error::PositionMoved { .. }
+            | Error::NotOwner(_) => false,
+        }
+    }
+
+    /// Whether the server answered; if not, the connection to it is gone.
+    pub(super) fn is_answer(&self) -> bool {
+        match self {
+            Error::Unavailable(error) | Error::Database(error) | Error::Unknown(error) => {
+                error.as_database_error().is_some()
+            }
+            Error::Url
+            | Error::Open { .. }
+            | Error::Migrate(_)
+            | Error::ForeignCenter { .. }
+            | Error::Row(_)
+            | Error::Overloaded
+            | Error::Closed
+            | Error::PositionMoved { .. }
+            | Error::NotOwner(_) => true,
+        }
+    }
+
+    /// The same for another caller whose write shared the transaction.
+    pub(super) fn for_another(&self) -> Error {
+        let text = || sqlx::Error::Protocol(self.to_string());
+        match self {
+            Error::Unknown(_) => Error::Unknown(text()),
+            _ => Error::Unavailable(text()),
+        }
+    }
+
     /// Whether the same call may succeed later without anybody changing anything.
     pub fn is_transient(&self) -> bool {
         match self {
-            Error::Unavailable(_) | Error::Overloaded | Error::PositionMoved { .. } => true,
-            Error::Url(_)
+            Error::Unavailable(_) | Error::Unknown(_) | Error::Overloaded | Error::PositionMoved { .. } => {
+                true
+            }
+            Error::Url
             | Error::Open { .. }
             | Error::Migrate(_)
             | Error::ForeignCenter { .. }
@@ -102,6 +171,14 @@ impl From<sqlx::Error> for Error {
     /// Decides here, where the error is born, whether trying again makes sense.
     fn from(error: sqlx::Error) -> Self {
         match &error {
+            sqlx::Error::Database(database)
+                if database.try_downcast_ref::<MySqlDatabaseError>().is_some() =>
+            {
+                match mysql_number(&error) {
+                    Some(number) if MYSQL_PASSING.contains(&number) => Error::Unavailable(error),
+                    _ => Error::Database(error),
+                }
+            }
             sqlx::Error::Database(database) => {
                 // Primary result codes of SQLite; an extended code has them in its low byte.
                 let primary =
@@ -113,9 +190,11 @@ impl From<sqlx::Error> for Error {
                 }
             }
             sqlx::Error::ColumnDecode { .. } | sqlx::Error::Decode(_) => Error::Row(error.to_string()),
-            sqlx::Error::PoolTimedOut | sqlx::Error::Io(_) | sqlx::Error::WorkerCrashed => {
-                Error::Unavailable(error)
-            }
+            sqlx::Error::PoolTimedOut
+            | sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::WorkerCrashed => Error::Unavailable(error),
             sqlx::Error::PoolClosed => Error::Closed,
             _ => Error::Database(error),
         }

@@ -3,11 +3,10 @@
 use std::collections::{BTreeMap, HashSet};
 
 use seckill_domain::{OrderId, OrderStatus, SaleId, Table, Uid};
-use sqlx::sqlite::{SqlitePool, SqliteRow};
-use sqlx::{AssertSqlSafe, Row};
 
 use super::super::error::Error;
 use super::read::parse_order_id;
+use super::session::{Row, Session, Value};
 
 /// Orders looked up in one query; SQLite takes at least 999 parameters.
 const LOOKUP: usize = 500;
@@ -52,38 +51,35 @@ pub struct AuditRows {
 const COLUMNS: &str = "order_id, uid, sale_id, quantity, status, reason IS NOT NULL";
 
 pub(super) async fn rows(
-    pool: &SqlitePool,
+    conn: &mut Session,
     table: Table,
     after: &str,
     sale_id: Option<&SaleId>,
     limit: u32,
 ) -> Result<AuditRows, Error> {
-    let filter = if sale_id.is_some() { "AND sale_id = ?3" } else { "" };
-    let sql = format!(
-        "SELECT {COLUMNS} FROM orders_{table} WHERE order_id > ?1 {filter} ORDER BY order_id LIMIT ?2"
-    );
-    let mut query = sqlx::query(AssertSqlSafe(sql)).bind(after).bind(limit);
-    if let Some(sale_id) = sale_id {
-        query = query.bind(sale_id.as_str());
-    }
-    let found = query.fetch_all(pool).await?;
+    let filter = if sale_id.is_some() { "AND sale_id = ?" } else { "" };
+    let sql =
+        format!("SELECT {COLUMNS} FROM orders_{table} WHERE order_id > ? {filter} ORDER BY order_id LIMIT ?");
+    let mut values = vec![Value::from(after)];
+    values.extend(sale_id.map(|sale_id| Value::from(sale_id.as_str())));
+    values.push(limit.into());
+    let found = conn.rows(sql, &values).await?;
     let mut rows = AuditRows::default();
     if found.len() as u64 == u64::from(limit) {
-        rows.next = found.last().map(|row| row.try_get(0)).transpose()?;
+        rows.next = found.last().map(|row| row.text(0).map(str::to_owned)).transpose()?;
     }
     for row in &found {
         match order_from(row) {
             Ok(order) => rows.orders.push(order),
-            Err(reason) => rows.unreadable.push(UnreadableOrder {
-                order_id: row.try_get(0).unwrap_or_else(|_| "?".to_owned()),
-                reason,
-            }),
+            Err(reason) => rows
+                .unreadable
+                .push(UnreadableOrder { order_id: row.text(0).unwrap_or("?").to_owned(), reason }),
         }
     }
     Ok(rows)
 }
 
-pub(super) async fn orders(pool: &SqlitePool, orders: &[OrderId]) -> Result<Vec<AuditOrder>, Error> {
+pub(super) async fn orders(conn: &mut Session, orders: &[OrderId]) -> Result<Vec<AuditOrder>, Error> {
     let mut by_table: BTreeMap<Table, Vec<OrderId>> = BTreeMap::new();
     for order_id in orders {
         by_table.entry(order_id.table()).or_default().push(*order_id);
@@ -93,11 +89,7 @@ pub(super) async fn orders(pool: &SqlitePool, orders: &[OrderId]) -> Result<Vec<
         for chunk in orders.chunks(LOOKUP) {
             let sql =
                 format!("SELECT {COLUMNS} FROM orders_{table} WHERE order_id IN ({})", marks(chunk.len()));
-            let mut query = sqlx::query(AssertSqlSafe(sql));
-            for order_id in chunk {
-                query = query.bind(order_id.to_string());
-            }
-            for row in query.fetch_all(pool).await? {
+            for row in conn.rows(sql, &ids(chunk)).await? {
                 // A row that cannot be read was reported by the walk through its table.
                 found.extend(order_from(&row));
             }
@@ -107,7 +99,7 @@ pub(super) async fn orders(pool: &SqlitePool, orders: &[OrderId]) -> Result<Vec<
 }
 
 pub(super) async fn awaiting_release(
-    pool: &SqlitePool,
+    conn: &mut Session,
     orders: &[OrderId],
 ) -> Result<HashSet<OrderId>, Error> {
     let mut found = HashSet::new();
@@ -116,29 +108,29 @@ pub(super) async fn awaiting_release(
             "SELECT order_id FROM releases WHERE state = 'pending' AND order_id IN ({})",
             marks(chunk.len())
         );
-        let mut query = sqlx::query_scalar::<_, String>(AssertSqlSafe(sql));
-        for order_id in chunk {
-            query = query.bind(order_id.to_string());
-        }
-        for order_id in query.fetch_all(pool).await? {
-            found.insert(parse_order_id(&order_id)?);
+        for row in conn.rows(sql, &ids(chunk)).await? {
+            found.insert(parse_order_id(row.text(0)?)?);
         }
     }
     Ok(found)
+}
+
+fn ids(orders: &[OrderId]) -> Vec<Value<'static>> {
+    orders.iter().map(|order_id| Value::from(order_id.to_string())).collect()
 }
 
 fn marks(count: usize) -> String {
     vec!["?"; count].join(", ")
 }
 
-fn order_from(row: &SqliteRow) -> Result<AuditOrder, String> {
-    let text = |column: usize| row.try_get::<&str, _>(column).map_err(|error| error.to_string());
+fn order_from(row: &Row) -> Result<AuditOrder, String> {
+    let text = |column: usize| row.text(column).map_err(|error| error.to_string());
     Ok(AuditOrder {
         order_id: text(0)?.parse().map_err(|error: seckill_domain::InvalidId| error.to_string())?,
         uid: Uid::new(text(1)?).map_err(|error| error.to_string())?,
         sale_id: SaleId::new(text(2)?).map_err(|error| error.to_string())?,
-        quantity: row.try_get(3).map_err(|error| error.to_string())?,
+        quantity: row.small(3).map_err(|error| error.to_string())?,
         status: text(4)?.parse().map_err(|error: seckill_domain::UnknownState| error.to_string())?,
-        lost: row.try_get(5).map_err(|error| error.to_string())?,
+        lost: row.int(5).map_err(|error| error.to_string())? != 0,
     })
 }

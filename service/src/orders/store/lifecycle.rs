@@ -2,15 +2,14 @@
 //! happened; what belongs to it (release, coupon, payment, refund) is written in the same transaction.
 
 use seckill_domain::{CouponState, Millis, OrderId, OrderStatus, SaleKind, Uid};
-use sqlx::sqlite::SqliteConnection;
-use sqlx::{AssertSqlSafe, Row};
 
 use super::super::error::Error;
 use super::super::model::{
     CancelOutcome, Coupon, ExpireOutcome, Order, PayOutcome, Payment, Refund, ReleaseReason,
 };
 use super::read::{self, ORDER, order_from, parse_order_id};
-use super::writer::{Hub, Tx, Write};
+use super::session::{Session, values};
+use super::writer::{Hub, Lane, Tx, Write};
 
 /// Books a payment.
 pub(super) struct Pay(pub(super) Payment);
@@ -18,14 +17,20 @@ pub(super) struct Pay(pub(super) Payment);
 impl Write for Pay {
     type Output = PayOutcome;
 
+    fn lane(&self) -> Lane {
+        Lane::Orders(self.0.order_id.table().number())
+    }
+
     async fn run(&self, tx: &mut Tx<'_>) -> Result<PayOutcome, Error> {
         let payment = &self.0;
         tx.owned.check(payment.order_id.table().shard())?;
+        // The order first: whoever pays or closes it at the same time waits for its row.
+        let order = find(tx.conn, payment.order_id).await?;
         let before = earlier_payment(tx.conn, payment).await?;
         if matches!(before, Some(Earlier::Other)) {
             return Ok(PayOutcome::PaymentIdReused);
         }
-        let Some(order) = find(tx.conn, payment.order_id).await? else { return Ok(PayOutcome::NotFound) };
+        let Some(order) = order else { return Ok(PayOutcome::NotFound) };
         match before {
             Some(Earlier::Paid) => return Ok(PayOutcome::Replay(order)),
             Some(Earlier::Refunded(refund)) => return Ok(PayOutcome::Closed { order, refund }),
@@ -80,27 +85,29 @@ impl Pay {
         let order_id = order.order_id.to_string();
         let coupon_id = payment.coupon_id.map(|id| id.to_string());
         if let Some(coupon_id) = &coupon_id {
-            let used = sqlx::query(AssertSqlSafe(format!(
-                "UPDATE coupons_{table} SET state = 'redeemed', redeemed_by = ?
+            let used = tx
+                .conn
+                .execute(
+                    format!(
+                        "UPDATE coupons_{table} SET state = 'redeemed', redeemed_by = ?
                  WHERE coupon_id = ? AND state = 'granted'"
-            )))
-            .bind(&order_id)
-            .bind(coupon_id)
-            .execute(&mut *tx.conn)
-            .await?;
-            exactly_one(used.rows_affected(), "coupon")?;
+                    ),
+                    values![order_id.as_str(), coupon_id.as_str()],
+                )
+                .await?;
+            exactly_one(used, "coupon")?;
         }
-        let paid = sqlx::query(AssertSqlSafe(format!(
-            "UPDATE orders_{table} SET status = 'paid', paid_at = ?, paid_amount = ?, coupon_id = ?
+        let paid = tx
+            .conn
+            .execute(
+                format!(
+                    "UPDATE orders_{table} SET status = 'paid', paid_at = ?, paid_amount = ?, coupon_id = ?
              WHERE order_id = ? AND status = 'created'"
-        )))
-        .bind(tx.now.0)
-        .bind(payment.amount.minor_units())
-        .bind(&coupon_id)
-        .bind(&order_id)
-        .execute(&mut *tx.conn)
-        .await?;
-        exactly_one(paid.rows_affected(), "order")?;
+                ),
+                values![tx.now.0, payment.amount.minor_units(), coupon_id.as_deref(), order_id.as_str()],
+            )
+            .await?;
+        exactly_one(paid, "order")?;
         if order.kind == SaleKind::Coupon {
             change_coupon(tx.conn, order.order_id, CouponState::Granted).await?;
         }
@@ -119,65 +126,57 @@ enum Earlier {
     Other,
 }
 
-async fn earlier_payment(conn: &mut SqliteConnection, payment: &Payment) -> Result<Option<Earlier>, Error> {
-    let row = sqlx::query("SELECT order_id, amount, coupon_id, outcome FROM payments WHERE payment_id = ?")
-        .bind(payment.payment_id.as_str())
-        .fetch_optional(&mut *conn)
+async fn earlier_payment(conn: &mut Session, payment: &Payment) -> Result<Option<Earlier>, Error> {
+    let row = conn
+        .row(
+            "SELECT order_id, amount, coupon_id, outcome FROM payments WHERE payment_id = ?",
+            values![payment.payment_id.as_str()],
+        )
         .await?;
     let Some(row) = row else { return Ok(None) };
-    let order_id = parse_order_id(row.try_get(0)?)?;
-    let amount: i64 = row.try_get(1)?;
-    let coupon_id = row.try_get::<Option<&str>, _>(2)?.map(parse_order_id).transpose()?;
+    let order_id = parse_order_id(row.text(0)?)?;
+    let amount = row.int(1)?;
+    let coupon_id = row.opt_text(2)?.map(parse_order_id).transpose()?;
     if order_id != payment.order_id
         || amount != payment.amount.minor_units()
         || coupon_id != payment.coupon_id
     {
         return Ok(Some(Earlier::Other));
     }
-    if row.try_get::<&str, _>(3)? == "paid" {
+    if row.text(3)? == "paid" {
         return Ok(Some(Earlier::Paid));
     }
-    let refund = sqlx::query(AssertSqlSafe(format!(
-        "SELECT {} FROM refunds WHERE payment_id = ?",
-        read::refund_columns()
-    )))
-    .bind(payment.payment_id.as_str())
-    .fetch_one(conn)
-    .await?;
+    let refund = conn
+        .one(
+            format!("SELECT {} FROM refunds WHERE payment_id = ?", read::refund_columns()),
+            values![payment.payment_id.as_str()],
+        )
+        .await?;
     Ok(Some(Earlier::Refunded(read::refund_from(&refund)?)))
 }
 
 async fn record_payment(tx: &mut Tx<'_>, payment: &Payment, outcome: &str) -> Result<(), Error> {
-    sqlx::query(
-        "INSERT INTO payments (payment_id, order_id, amount, coupon_id, outcome, created_at)
+    tx.conn
+        .execute(
+            "INSERT INTO payments (payment_id, order_id, amount, coupon_id, outcome, created_at)
          VALUES (?, ?, ?, ?, ?, ?)",
-    )
-    .bind(payment.payment_id.as_str())
-    .bind(payment.order_id.to_string())
-    .bind(payment.amount.minor_units())
-    .bind(payment.coupon_id.map(|id| id.to_string()))
-    .bind(outcome)
-    .bind(tx.now.0)
-    .execute(&mut *tx.conn)
-    .await?;
+            values![
+                payment.payment_id.as_str(),
+                payment.order_id.to_string(),
+                payment.amount.minor_units(),
+                payment.coupon_id.map(|id| id.to_string()),
+                outcome,
+                tx.now.0
+            ],
+        )
+        .await?;
     Ok(())
 }
 
 async fn record_refund(tx: &mut Tx<'_>, payment: &Payment, order: &Order) -> Result<Refund, Error> {
     record_payment(tx, payment, "refund").await?;
-    sqlx::query(
-        "INSERT INTO refunds (payment_id, order_id, uid, sale_id, amount, currency, order_status, created_at)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-    )
-    .bind(payment.payment_id.as_str())
-    .bind(order.order_id.to_string())
-    .bind(order.uid.as_str())
-    .bind(order.sale_id.as_str())
-    .bind(payment.amount.minor_units())
-    .bind(order.currency.as_str())
-    .bind(order.status.as_str())
-    .bind(tx.now.0)
-    .execute(&mut *tx.conn)
+    tx.conn.execute("INSERT INTO refunds (payment_id, order_id, uid, sale_id, amount, currency, order_status, created_at)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values![payment.payment_id.as_str(), order.order_id.to_string(), order.uid.as_str(), order.sale_id.as_str(), payment.amount.minor_units(), order.currency.as_str(), order.status.as_str(), tx.now.0])
     .await?;
     Ok(Refund {
         payment_id: payment.payment_id.clone(),
@@ -203,11 +202,14 @@ async fn usable_coupon(
         return Ok(Err(NONE));
     }
     let columns = read::coupon_columns();
-    let row =
-        sqlx::query(AssertSqlSafe(format!("SELECT {columns} FROM coupons_{table} WHERE coupon_id = ?")))
-            .bind(coupon_id.to_string())
-            .fetch_optional(&mut *tx.conn)
-            .await?;
+    let lock = tx.conn.dialect().for_update();
+    let row = tx
+        .conn
+        .row(
+            format!("SELECT {columns} FROM coupons_{table} WHERE coupon_id = ?{lock}"),
+            values![coupon_id.to_string()],
+        )
+        .await?;
     let Some(coupon) = row.map(|row| read::coupon_from(&row)).transpose()? else { return Ok(Err(NONE)) };
     Ok(if coupon.uid != order.uid {
         Err(NONE)
@@ -236,6 +238,10 @@ pub(super) struct Cancel {
 
 impl Write for Cancel {
     type Output = CancelOutcome;
+
+    fn lane(&self) -> Lane {
+        Lane::Orders(self.order_id.table().number())
+    }
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<CancelOutcome, Error> {
         tx.owned.check(self.order_id.table().shard())?;
@@ -275,20 +281,23 @@ pub(super) struct Expired {
 impl Write for Expire {
     type Output = Expired;
 
+    fn lane(&self) -> Lane {
+        Lane::Orders(0)
+    }
+
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Expired, Error> {
         let after = self.after.map_or(i64::MIN, |after| after.0);
-        let due = sqlx::query(
-            "SELECT order_id, expires_at FROM expiries WHERE expires_at > ? AND expires_at <= ?
+        let due = tx
+            .conn
+            .rows(
+                "SELECT order_id, expires_at FROM expiries WHERE expires_at > ? AND expires_at <= ?
              ORDER BY expires_at, order_id LIMIT ?",
-        )
-        .bind(after)
-        .bind(self.until.0)
-        .bind(self.limit)
-        .fetch_all(&mut *tx.conn)
-        .await?;
+                values![after, self.until.0, self.limit],
+            )
+            .await?;
         let mut orders = Vec::new();
         for row in &due {
-            let order_id = parse_order_id(row.try_get(0)?)?;
+            let order_id = parse_order_id(row.text(0)?)?;
             // A shard that was handed over is its new owner's to expire.
             if !tx.owned.contains(order_id.table().shard()) {
                 continue;
@@ -309,12 +318,8 @@ impl Write for Expire {
             }
         }
         if let Some(last) = due.last() {
-            let (id, at): (String, i64) = (last.try_get(0)?, last.try_get(1)?);
-            sqlx::query("DELETE FROM expiries WHERE expires_at > ? AND (expires_at, order_id) <= (?, ?)")
-                .bind(after)
-                .bind(at)
-                .bind(id)
-                .execute(&mut *tx.conn)
+            let (id, at) = (last.text(0)?, last.int(1)?);
+            tx.conn.execute("DELETE FROM expiries WHERE expires_at > ? AND expires_at <= ? AND (expires_at, order_id) <= (?, ?)", values![after, at, at, id])
                 .await?;
         }
         let outcome = ExpireOutcome { expired: orders.len() as u64, more: due.len() == self.limit as usize };
@@ -330,17 +335,8 @@ impl Write for Expire {
 /// Closes an order that is `created`: its state, the release of its units and its coupon together.
 async fn close(tx: &mut Tx<'_>, order: &Order, reason: ReleaseReason) -> Result<(), Error> {
     set_closed(tx, order.order_id, reason.as_str(), None).await?;
-    sqlx::query(
-        "INSERT INTO releases (order_id, uid, sale_id, quantity, reason, created_at) VALUES (?, ?, ?, ?, ?, ?)
-         ON CONFLICT (order_id) DO NOTHING",
-    )
-    .bind(order.order_id.to_string())
-    .bind(order.uid.as_str())
-    .bind(order.sale_id.as_str())
-    .bind(i64::from(order.quantity.get()))
-    .bind(reason.as_str())
-    .bind(tx.now.0)
-    .execute(&mut *tx.conn)
+    let insert = tx.conn.dialect().insert_new();
+    tx.conn.execute(format!("{insert} releases (order_id, uid, sale_id, quantity, reason, created_at) VALUES (?, ?, ?, ?, ?, ?)"), values![order.order_id.to_string(), order.uid.as_str(), order.sale_id.as_str(), i64::from(order.quantity.get()), reason.as_str(), tx.now.0])
     .await?;
     if order.kind == SaleKind::Coupon {
         change_coupon(tx.conn, order.order_id, CouponState::Void).await?;
@@ -355,39 +351,39 @@ async fn set_closed(
     reason: Option<&str>,
 ) -> Result<(), Error> {
     let table = order_id.table();
-    let closed = sqlx::query(AssertSqlSafe(format!(
-        "UPDATE orders_{table} SET status = ?, closed_at = ?, reason = ?
+    let closed = tx
+        .conn
+        .execute(
+            format!(
+                "UPDATE orders_{table} SET status = ?, closed_at = ?, reason = ?
          WHERE order_id = ? AND status = 'created'"
-    )))
-    .bind(status)
-    .bind(tx.now.0)
-    .bind(reason)
-    .bind(order_id.to_string())
-    .execute(&mut *tx.conn)
-    .await?;
-    exactly_one(closed.rows_affected(), "order")
+            ),
+            values![status, tx.now.0, reason, order_id.to_string()],
+        )
+        .await?;
+    exactly_one(closed, "order")
 }
 
-async fn change_coupon(conn: &mut SqliteConnection, order_id: OrderId, to: CouponState) -> Result<(), Error> {
+async fn change_coupon(conn: &mut Session, order_id: OrderId, to: CouponState) -> Result<(), Error> {
     let table = order_id.table();
-    sqlx::query(AssertSqlSafe(format!(
-        "UPDATE coupons_{table} SET state = ? WHERE coupon_id = ? AND state = 'pending'"
-    )))
-    .bind(to.as_str())
-    .bind(order_id.to_string())
-    .execute(conn)
+    conn.execute(
+        format!("UPDATE coupons_{table} SET state = ? WHERE coupon_id = ? AND state = 'pending'"),
+        values![to.as_str(), order_id.to_string()],
+    )
     .await?;
     Ok(())
 }
 
-async fn find(conn: &mut SqliteConnection, order_id: OrderId) -> Result<Option<Order>, Error> {
+async fn find(conn: &mut Session, order_id: OrderId) -> Result<Option<Order>, Error> {
     let table = order_id.table();
-    sqlx::query(AssertSqlSafe(format!("SELECT {ORDER} FROM orders_{table} WHERE order_id = ?")))
-        .bind(order_id.to_string())
-        .fetch_optional(conn)
-        .await?
-        .map(|row| order_from(&row))
-        .transpose()
+    let lock = conn.dialect().for_update();
+    conn.row(
+        format!("SELECT {ORDER} FROM orders_{table} WHERE order_id = ?{lock}"),
+        values![order_id.to_string()],
+    )
+    .await?
+    .map(|row| order_from(&row))
+    .transpose()
 }
 
 /// Cancels orders that the ledger does not know and could not claim again. There is nothing to release.
@@ -398,6 +394,10 @@ pub(super) struct CancelLost {
 
 impl Write for CancelLost {
     type Output = Vec<OrderId>;
+
+    fn lane(&self) -> Lane {
+        Lane::Orders(0)
+    }
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Vec<OrderId>, Error> {
         let mut cancelled = Vec::new();

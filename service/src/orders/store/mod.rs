@@ -1,19 +1,27 @@
-//! The order database: SQLite through sqlx.
+//! The order database: SQLite, or MySQL or MariaDB, through sqlx. What is asked and written is the same for both
+//! ([`session`] holds what differs); connections, tables and the insert of a batch are each one's own.
 
 mod audit;
+mod database;
 mod insert;
+mod insert_mysql;
+mod insert_sqlite;
 mod lifecycle;
+mod mysql;
 mod positions;
 mod queue;
 mod read;
 mod schema;
+mod session;
+mod transaction;
 mod writer;
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use futures_util::future::BoxFuture;
 use seckill_domain::{CenterId, Clock, Millis, OrderId, OutboxId, SaleId, Shard, SystemClock, Table, Uid};
-use sqlx::sqlite::SqlitePool;
 use tokio::task::JoinHandle;
 
 use super::batch::{StoreBatch, StoreOutcome, Unreadable};
@@ -25,15 +33,20 @@ use super::model::{
 };
 use super::updates::Updates;
 pub use audit::{AuditOrder, AuditRows, UnreadableOrder};
+use database::{Database, Readers};
 use positions::Positions;
+use session::Session;
 use writer::{Hub, Writer};
+
+/// How long a read may take: the server ends a query that runs away sooner.
+const READ_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// How the store is opened.
 #[derive(Clone)]
 pub struct StoreOptions {
     /// This center: the owner of a new database's shards.
     pub center: CenterId,
-    /// Connections that read; writes have one of their own.
+    /// Connections that read; writes have their own: one with SQLite, eight with MySQL.
     pub max_connections: u32,
     /// Where the time comes from.
     pub clock: Arc<dyn Clock>,
@@ -59,7 +72,7 @@ impl StoreOptions {
 /// half-way.
 #[derive(Clone)]
 pub struct OrderStore {
-    readers: SqlitePool,
+    readers: Readers,
     shared: Arc<Shared>,
 }
 
@@ -67,28 +80,27 @@ struct Shared {
     center: CenterId,
     // Taken out when the store is closed: the task ends when no sender is left.
     writer: Mutex<Option<Writer>>,
-    task: Mutex<Option<JoinHandle<()>>>,
+    tasks: Mutex<Vec<JoinHandle<()>>>,
     clock: Arc<dyn Clock>,
     metrics: OrderMetrics,
     updates: Updates,
 }
 
 impl OrderStore {
-    /// Opens or creates the database (`sqlite:PATH`) and brings its tables to this release's form.
+    /// Opens the database (`sqlite:PATH`, which is created, or `mysql://USER:PASSWORD@HOST:PORT/DATABASE`) and
+    /// brings its tables to this release's form.
     pub async fn open(database_url: &str, options: StoreOptions) -> Result<OrderStore, Error> {
-        let path = schema::path_of(database_url)?;
+        let database = Arc::new(Database::of(database_url)?);
         let StoreOptions { center, max_connections, clock, metrics } = options;
-        let mut conn = schema::connect_writer(&path).await?;
-        schema::migrate(&mut conn, &center).await?;
-        schema::create_staging(&mut conn).await?;
-        let readers = schema::connect_readers(&path, max_connections).await?;
+        let session = database.open(&center).await?;
+        let readers = database.readers(max_connections).await?;
         let updates = Updates::default();
-        let hub = Hub { updates: updates.clone(), metrics: metrics.clone() };
-        let (writer, task) = Writer::start(conn, path, center.clone(), Arc::clone(&clock), hub);
+        let hub = Arc::new(Hub { updates: updates.clone(), metrics: metrics.clone() });
+        let (writer, tasks) = Writer::start(&database, session, &center, &clock, &hub);
         let shared = Shared {
             center,
             writer: Mutex::new(Some(writer)),
-            task: Mutex::new(Some(task)),
+            tasks: Mutex::new(tasks),
             clock,
             metrics,
             updates,
@@ -114,14 +126,39 @@ impl OrderStore {
     /// Finishes what was handed over and closes every connection. Later calls answer [`Error::Closed`].
     pub async fn close(&self) {
         self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let task = self.shared.task.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // The readers first: the last connection that closes moves the log into the database file.
+        let tasks = std::mem::take(&mut *self.shared.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        // The readers first: the last connection that closes moves SQLite's log into the database file.
         self.readers.close().await;
-        if let Some(task) = task
-            && let Err(error) = task.await
-        {
-            tracing::error!(%error, "the writer of the order database ended badly");
+        for task in tasks {
+            if let Err(error) = task.await {
+                tracing::error!(%error, "a writer of the order database ended badly");
+            }
         }
+    }
+
+    /// Reads in a task of its own, so that a caller that goes away leaves no connection in the middle of an answer;
+    /// a database that does not answer at all is given up.
+    async fn read<T, F>(&self, read: F) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: for<'a> FnOnce(&'a mut Session) -> BoxFuture<'a, Result<T, Error>> + Send + 'static,
+    {
+        let readers = self.readers.clone();
+        let task = tokio::spawn(async move {
+            let mut session = readers.acquire().await?;
+            match tokio::time::timeout(READ_TIMEOUT, read(&mut session)).await {
+                Ok(Err(error)) if !error.is_answer() => {
+                    session.discard().await;
+                    Err(error)
+                }
+                Ok(outcome) => outcome,
+                Err(_) => {
+                    session.discard().await;
+                    Err(Error::Unavailable(sqlx::Error::PoolTimedOut))
+                }
+            }
+        });
+        task.await.map_err(|_| Error::Closed)?
     }
 
     fn writer(&self) -> Result<Writer, Error> {
@@ -147,24 +184,23 @@ impl OrderStore {
     }
 
     async fn positions(&self) -> Result<Positions, Error> {
-        let mut conn = self.readers.acquire().await?;
-        Positions::read(&mut conn, &self.shared.center).await
+        let center = self.shared.center.clone();
+        self.read(move |conn| Box::pin(async move { Positions::read(conn, &center).await })).await
     }
 
     /// For each of the 64 shards the offset of the next Kafka record to store; 0 before the first.
     pub async fn kafka_offsets(&self) -> Result<Vec<(Shard, i64)>, Error> {
-        let mut conn = self.readers.acquire().await?;
-        positions::kafka_offsets(&mut conn).await
+        self.read(move |conn| Box::pin(positions::kafka_offsets(conn))).await
     }
 
     /// An order.
     pub async fn order(&self, order_id: OrderId) -> Result<Option<Order>, Error> {
-        read::order(&self.readers, order_id).await
+        self.read(move |conn| Box::pin(async move { read::order(conn, order_id).await })).await
     }
 
     /// An order with what only the shop sees.
     pub async fn admin_order(&self, order_id: OrderId) -> Result<Option<AdminOrder>, Error> {
-        read::admin_order(&self.readers, order_id).await
+        self.read(move |conn| Box::pin(async move { read::admin_order(conn, order_id).await })).await
     }
 
     /// A user's orders, newest first. Pages have at most 1,000 rows, here and below.
@@ -174,7 +210,8 @@ impl OrderStore {
         limit: u32,
         cursor: Option<Cursor>,
     ) -> Result<Page<Order>, Error> {
-        read::orders_of(&self.readers, uid, limit, cursor).await
+        let uid = uid.clone();
+        self.read(move |conn| Box::pin(async move { read::orders_of(conn, &uid, limit, cursor).await })).await
     }
 
     /// A user's coupons, newest first.
@@ -184,7 +221,9 @@ impl OrderStore {
         limit: u32,
         cursor: Option<Cursor>,
     ) -> Result<Page<Coupon>, Error> {
-        read::coupons_of(&self.readers, uid, limit, cursor).await
+        let uid = uid.clone();
+        self.read(move |conn| Box::pin(async move { read::coupons_of(conn, &uid, limit, cursor).await }))
+            .await
     }
 
     /// All orders that fit: a user's newest first, everybody's table by table in the order of their ids. A cursor
@@ -195,12 +234,14 @@ impl OrderStore {
         limit: u32,
         cursor: Option<Cursor>,
     ) -> Result<Page<AdminOrder>, Error> {
-        read::admin_orders(&self.readers, filter, limit, cursor).await
+        let filter = filter.clone();
+        self.read(move |conn| Box::pin(async move { read::admin_orders(conn, &filter, limit, cursor).await }))
+            .await
     }
 
     /// Money that has to go back, newest first.
     pub async fn refunds(&self, limit: u32, cursor: Option<Cursor>) -> Result<Page<Refund>, Error> {
-        read::refunds(&self.readers, limit, cursor).await
+        self.read(move |conn| Box::pin(async move { read::refunds(conn, limit, cursor).await })).await
     }
 
     /// Cancels an order of this user.
@@ -230,17 +271,19 @@ impl OrderStore {
 
     /// The first moment behind `after` at which an order may come due.
     pub async fn next_due(&self, after: Option<Millis>) -> Result<Option<Millis>, Error> {
-        read::next_due(&self.readers, after).await
+        self.read(move |conn| Box::pin(async move { read::next_due(conn, after).await })).await
     }
 
     /// The oldest releases that wait for the ledger, those of some sales left out.
     pub async fn pending_releases(&self, limit: u32, except: &[SaleId]) -> Result<Vec<Release>, Error> {
-        read::pending_releases(&self.readers, limit, except).await
+        let except = except.to_vec();
+        self.read(move |conn| Box::pin(async move { read::pending_releases(conn, limit, &except).await }))
+            .await
     }
 
     /// How many releases wait for the ledger.
     pub async fn pending_release_count(&self) -> Result<i64, Error> {
-        read::pending_release_count(&self.readers).await
+        self.read(move |conn| Box::pin(async move { read::pending_release_count(conn).await })).await
     }
 
     /// Forgets releases that the ledger answered; `unknown` are those whose claim it does not hold: they are
@@ -271,7 +314,10 @@ impl OrderStore {
     /// Orders and units of every sale (or of one) by state, and the outbox positions that they stand for, all
     /// from one moment.
     pub async fn counts(&self, sale_id: Option<&SaleId>) -> Result<Counts, Error> {
-        read::counts(&self.readers, &self.shared.center, sale_id).await
+        let center = self.shared.center.clone();
+        let sale_id = sale_id.cloned();
+        self.read(move |conn| Box::pin(async move { read::counts(conn, &center, sale_id.as_ref()).await }))
+            .await
     }
 
     /// Some orders of a sale, in a stable order of no meaning; start with `None`, go on with `next`.
@@ -294,22 +340,29 @@ impl OrderStore {
         sale_id: Option<&SaleId>,
         limit: u32,
     ) -> Result<AuditRows, Error> {
-        audit::rows(&self.readers, table, after, sale_id, limit).await
+        let after = after.to_owned();
+        let sale_id = sale_id.cloned();
+        self.read(move |conn| {
+            Box::pin(async move { audit::rows(conn, table, &after, sale_id.as_ref(), limit).await })
+        })
+        .await
     }
 
     /// Those of these orders that are stored.
     pub async fn audit_orders(&self, orders: &[OrderId]) -> Result<Vec<AuditOrder>, Error> {
-        audit::orders(&self.readers, orders).await
+        let orders = orders.to_vec();
+        self.read(move |conn| Box::pin(async move { audit::orders(conn, &orders).await })).await
     }
 
     /// Those of these orders whose units the ledger has not taken back yet.
     pub async fn awaiting_release(&self, orders: &[OrderId]) -> Result<HashSet<OrderId>, Error> {
-        audit::awaiting_release(&self.readers, orders).await
+        let orders = orders.to_vec();
+        self.read(move |conn| Box::pin(async move { audit::awaiting_release(conn, &orders).await })).await
     }
 
     /// The sales of which orders are stored.
     pub async fn sales(&self) -> Result<Vec<SaleId>, Error> {
-        read::sales(&self.readers).await
+        self.read(move |conn| Box::pin(async move { read::sales(conn).await })).await
     }
 
     /// Cancels orders that an adopted ledger could not claim again: those still `created`. No release is due for
@@ -320,7 +373,7 @@ impl OrderStore {
 
     /// Outbox entries that were set aside, newest first.
     pub async fn unreadable(&self, limit: u32, cursor: Option<Cursor>) -> Result<Page<Unreadable>, Error> {
-        read::unreadable(&self.readers, limit, cursor).await
+        self.read(move |conn| Box::pin(async move { read::unreadable(conn, limit, cursor).await })).await
     }
 }
 

@@ -4,11 +4,10 @@
 use std::collections::BTreeMap;
 
 use seckill_domain::{CenterId, OutboxId, Shard};
-use sqlx::Row;
-use sqlx::sqlite::SqliteConnection;
 
 use super::super::batch::{Advance, Place};
 use super::super::error::Error;
+use super::session::{Session, values};
 use super::writer::Tx;
 
 /// What the tables say about every partition's outbox.
@@ -22,25 +21,19 @@ pub(super) struct Positions {
 }
 
 impl Positions {
-    pub(super) async fn read(conn: &mut SqliteConnection, center: &CenterId) -> Result<Positions, Error> {
+    pub(super) async fn read(conn: &mut Session, center: &CenterId) -> Result<Positions, Error> {
         let mut positions = Positions::default();
-        for row in
-            sqlx::query("SELECT partition, position FROM outbox_position").fetch_all(&mut *conn).await?
-        {
-            positions.outbox.insert(row.try_get(0)?, row.try_get::<&str, _>(1)?.parse()?);
+        for row in conn.rows("SELECT `partition`, position FROM outbox_position", values![]).await? {
+            positions.outbox.insert(row.small(0)?, row.text(1)?.parse()?);
         }
-        for row in
-            sqlx::query("SELECT partition, shard, position FROM kafka_marks").fetch_all(&mut *conn).await?
-        {
-            let marks = positions.marks.entry(row.try_get(0)?).or_default();
-            marks.insert(shard_of(row.try_get(1)?)?, row.try_get::<&str, _>(2)?.parse()?);
+        for row in conn.rows("SELECT `partition`, shard, position FROM kafka_marks", values![]).await? {
+            let marks = positions.marks.entry(row.small(0)?).or_default();
+            marks.insert(shard_of(row.small(1)?)?, row.text(2)?.parse()?);
         }
-        let owned = sqlx::query("SELECT shard FROM shard_owner WHERE owner = ?")
-            .bind(center.as_str())
-            .fetch_all(conn)
-            .await?;
+        let owned =
+            conn.rows("SELECT shard FROM shard_owner WHERE owner = ?", values![center.as_str()]).await?;
         for row in owned {
-            positions.owned.push(shard_of(row.try_get(0)?)?);
+            positions.owned.push(shard_of(row.small(0)?)?);
         }
         Ok(positions)
     }
@@ -76,10 +69,9 @@ fn shard_of(number: u8) -> Result<Shard, Error> {
 }
 
 /// For each shard the next offset.
-pub(super) async fn kafka_offsets(conn: &mut SqliteConnection) -> Result<Vec<(Shard, i64)>, Error> {
-    let rows =
-        sqlx::query("SELECT shard, next_offset FROM kafka_offsets ORDER BY shard").fetch_all(conn).await?;
-    rows.iter().map(|row| Ok((shard_of(row.try_get(0)?)?, row.try_get(1)?))).collect()
+pub(super) async fn kafka_offsets(conn: &mut Session) -> Result<Vec<(Shard, i64)>, Error> {
+    let rows = conn.rows("SELECT shard, next_offset FROM kafka_offsets ORDER BY shard", values![]).await?;
+    rows.iter().map(|row| Ok((shard_of(row.small(0)?)?, row.int(1)?))).collect()
 }
 
 /// Moves the positions. One that is not where the caller took it to be undoes the whole transaction.
@@ -99,33 +91,28 @@ pub(super) async fn advance(tx: &mut Tx<'_>, steps: &[Advance]) -> Result<(), Er
     Ok(())
 }
 
-async fn move_outbox(
-    conn: &mut SqliteConnection,
-    partition: u8,
-    from: OutboxId,
-    to: OutboxId,
-) -> Result<(), Error> {
-    if from == OutboxId::ZERO {
-        sqlx::query("INSERT INTO outbox_position (partition, position) VALUES (?, ?) ON CONFLICT DO NOTHING")
-            .bind(partition)
-            .bind(OutboxId::ZERO.to_string())
-            .execute(&mut *conn)
-            .await?;
-    }
-    let moved = sqlx::query("UPDATE outbox_position SET position = ? WHERE partition = ? AND position = ?")
-        .bind(to.to_string())
-        .bind(partition)
-        .bind(from.to_string())
-        .execute(&mut *conn)
+async fn move_outbox(conn: &mut Session, partition: u8, from: OutboxId, to: OutboxId) -> Result<(), Error> {
+    let moved = conn
+        .execute(
+            "UPDATE outbox_position SET position = ? WHERE `partition` = ? AND position = ?",
+            values![to.to_string(), partition, from.to_string()],
+        )
         .await?;
-    if moved.rows_affected() == 1 {
+    if moved == 1 {
         return Ok(());
     }
-    let found: Option<String> =
-        sqlx::query_scalar("SELECT position FROM outbox_position WHERE partition = ?")
-            .bind(partition)
-            .fetch_optional(conn)
-            .await?;
+    if from == OutboxId::ZERO {
+        // Only now: an insert that finds the row shares its lock, and two that both want to move it afterwards would
+        // wait for each other.
+        let insert = conn.dialect().insert_new();
+        let sql = format!("{insert} outbox_position (`partition`, position) VALUES (?, ?)");
+        if conn.execute(sql, values![partition, to.to_string()]).await? == 1 {
+            return Ok(());
+        }
+    }
+    let row =
+        conn.row("SELECT position FROM outbox_position WHERE `partition` = ?", values![partition]).await?;
+    let found = row.map(|row| row.text(0).map(str::to_owned)).transpose()?;
     Err(Error::PositionMoved {
         place: Place::Outbox(partition),
         expected: from.to_string(),
@@ -133,20 +120,18 @@ async fn move_outbox(
     })
 }
 
-async fn move_kafka(conn: &mut SqliteConnection, shard: Shard, from: i64, to: i64) -> Result<(), Error> {
-    let moved = sqlx::query("UPDATE kafka_offsets SET next_offset = ? WHERE shard = ? AND next_offset = ?")
-        .bind(to)
-        .bind(shard.number())
-        .bind(from)
-        .execute(&mut *conn)
+async fn move_kafka(conn: &mut Session, shard: Shard, from: i64, to: i64) -> Result<(), Error> {
+    let moved = conn
+        .execute(
+            "UPDATE kafka_offsets SET next_offset = ? WHERE shard = ? AND next_offset = ?",
+            values![to, shard.number(), from],
+        )
         .await?;
-    if moved.rows_affected() == 1 {
+    if moved == 1 {
         return Ok(());
     }
-    let found: i64 = sqlx::query_scalar("SELECT next_offset FROM kafka_offsets WHERE shard = ?")
-        .bind(shard.number())
-        .fetch_one(conn)
-        .await?;
+    let found: i64 =
+        conn.number("SELECT next_offset FROM kafka_offsets WHERE shard = ?", values![shard.number()]).await?;
     Err(Error::PositionMoved {
         place: Place::Kafka(shard),
         expected: from.to_string(),
@@ -156,29 +141,25 @@ async fn move_kafka(conn: &mut SqliteConnection, shard: Shard, from: i64, to: i6
 
 /// Marks never go back: a relay that was not told of an acknowledgement publishes the same records again, behind
 /// later ones.
-async fn raise_mark(
-    conn: &mut SqliteConnection,
-    shard: Shard,
-    partition: u8,
-    mark: OutboxId,
-) -> Result<(), Error> {
-    let stored: Option<String> =
-        sqlx::query_scalar("SELECT position FROM kafka_marks WHERE shard = ? AND partition = ?")
-            .bind(shard.number())
-            .bind(partition)
-            .fetch_optional(&mut *conn)
-            .await?;
-    if stored.map(|text| text.parse::<OutboxId>()).transpose()?.is_some_and(|stored| stored >= mark) {
+async fn raise_mark(conn: &mut Session, shard: Shard, partition: u8, mark: OutboxId) -> Result<(), Error> {
+    let row = conn
+        .row(
+            "SELECT position FROM kafka_marks WHERE shard = ? AND `partition` = ?",
+            values![shard.number(), partition],
+        )
+        .await?;
+    let stored = match row {
+        Some(row) => row.text(0)?.parse()?,
+        None => OutboxId::ZERO,
+    };
+    if stored >= mark {
         return Ok(());
     }
-    sqlx::query(
-        "INSERT INTO kafka_marks (shard, partition, position) VALUES (?, ?, ?)
-         ON CONFLICT (shard, partition) DO UPDATE SET position = excluded.position",
+    let or_set = conn.dialect().or_set("shard, `partition`", "position");
+    conn.execute(
+        format!("INSERT INTO kafka_marks (shard, `partition`, position) VALUES (?, ?, ?) {or_set}"),
+        values![shard.number(), partition, mark.to_string()],
     )
-    .bind(shard.number())
-    .bind(partition)
-    .bind(mark.to_string())
-    .execute(conn)
     .await?;
     Ok(())
 }

@@ -2,11 +2,14 @@
 //! outbox is trimmed.
 
 use seckill_domain::{CenterId, Millis, OrderId, OutboxId, SaleId, Table};
-use sqlx::AssertSqlSafe;
 
 use super::super::error::Error;
 use super::positions::Positions;
-use super::writer::{Hub, Tx, Write};
+use super::session::{Value, values};
+use super::writer::{Hub, Lane, Tx, Write};
+
+/// Rows of one statement: six values each, and SQLite takes 32,766.
+const CHUNK: usize = 500;
 
 /// Forgets releases that the ledger answered.
 pub(super) struct ReleasesDone {
@@ -17,18 +20,19 @@ pub(super) struct ReleasesDone {
 impl Write for ReleasesDone {
     type Output = ();
 
+    fn lane(&self) -> Lane {
+        Lane::Orders(1)
+    }
+
     async fn run(&self, tx: &mut Tx<'_>) -> Result<(), Error> {
-        for order_id in &self.done {
-            sqlx::query("DELETE FROM releases WHERE order_id = ?")
-                .bind(order_id.to_string())
-                .execute(&mut *tx.conn)
-                .await?;
-        }
-        for order_id in &self.unknown {
-            sqlx::query("UPDATE releases SET state = 'unknown' WHERE order_id = ?")
-                .bind(order_id.to_string())
-                .execute(&mut *tx.conn)
-                .await?;
+        for (orders, change) in
+            [(&self.done, "DELETE FROM releases"), (&self.unknown, "UPDATE releases SET state = 'unknown'")]
+        {
+            for chunk in orders.chunks(CHUNK) {
+                let ids: Vec<Value<'_>> = chunk.iter().map(|id| Value::from(id.to_string())).collect();
+                let marks = vec!["?"; chunk.len()].join(", ");
+                tx.conn.execute(format!("{change} WHERE order_id IN ({marks})"), &ids).await?;
+            }
         }
         Ok(())
     }
@@ -48,23 +52,51 @@ pub(super) struct Requeue {
 impl Write for Requeue {
     type Output = u64;
 
+    fn lane(&self) -> Lane {
+        Lane::Orders(1)
+    }
+
     async fn run(&self, tx: &mut Tx<'_>) -> Result<u64, Error> {
         if !tx.owned.contains(self.table.shard()) {
             return Ok(0);
         }
         let table = self.table;
         // An order with a reason of its own was never known to the ledger: nothing to give back.
-        let queued = sqlx::query(AssertSqlSafe(format!(
-            "INSERT INTO releases (order_id, uid, sale_id, quantity, reason, created_at)
-             SELECT order_id, uid, sale_id, quantity, status, ? FROM orders_{table}
-             WHERE sale_id = ? AND status IN ('cancelled', 'expired') AND reason IS NULL
-             ON CONFLICT (order_id) DO UPDATE SET state = 'pending'"
-        )))
-        .bind(tx.now.0)
-        .bind(self.sale_id.as_str())
-        .execute(&mut *tx.conn)
-        .await?;
-        Ok(queued.rows_affected())
+        let closed = tx
+            .conn
+            .rows(
+                format!(
+                    "SELECT order_id, uid, quantity, status FROM orders_{table}
+                     WHERE sale_id = ? AND status IN ('cancelled', 'expired') AND reason IS NULL"
+                ),
+                values![self.sale_id.as_str()],
+            )
+            .await?;
+        let insert = tx.conn.dialect().insert_new();
+        for chunk in closed.chunks(CHUNK) {
+            let mut rows = Vec::with_capacity(chunk.len() * 6);
+            let mut ids = Vec::with_capacity(chunk.len());
+            for row in chunk {
+                rows.extend_from_slice(values![
+                    row.text(0)?,
+                    row.text(1)?,
+                    self.sale_id.as_str(),
+                    row.int(2)?,
+                    row.text(3)?,
+                    tx.now.0
+                ]);
+                ids.push(Value::from(row.text(0)?));
+            }
+            let marks = vec!["(?, ?, ?, ?, ?, ?)"; chunk.len()].join(", ");
+            let sql = format!(
+                "{insert} releases (order_id, uid, sale_id, quantity, reason, created_at) VALUES {marks}"
+            );
+            tx.conn.execute(sql, &rows).await?;
+            let marks = vec!["?"; chunk.len()].join(", ");
+            let sql = format!("UPDATE releases SET state = 'pending' WHERE order_id IN ({marks})");
+            tx.conn.execute(sql, &ids).await?;
+        }
+        Ok(closed.len() as u64)
     }
 
     fn committed(&self, _queued: &u64, _hub: &Hub) {}
@@ -81,33 +113,29 @@ impl Write for Mark {
     /// The newest mark at or before `before`.
     type Output = Option<OutboxId>;
 
+    fn lane(&self) -> Lane {
+        Lane::Orders(1)
+    }
+
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Option<OutboxId>, Error> {
         let position = Positions::read(tx.conn, &self.center).await?.stored(self.partition);
         if position > OutboxId::ZERO {
-            sqlx::query(
-                "INSERT INTO outbox_marks (partition, at, position) VALUES (?, ?, ?)
-                 ON CONFLICT (partition, at) DO UPDATE SET position = excluded.position",
-            )
-            .bind(self.partition)
-            .bind(tx.now.0)
-            .bind(position.to_string())
-            .execute(&mut *tx.conn)
-            .await?;
+            let or_set = tx.conn.dialect().or_set("`partition`, at", "position");
+            tx.conn
+                .execute(
+                    format!("INSERT INTO outbox_marks (`partition`, at, position) VALUES (?, ?, ?) {or_set}"),
+                    values![self.partition, tx.now.0, position.to_string()],
+                )
+                .await?;
         }
-        let newest: Option<(i64, String)> = sqlx::query_as(
-            "SELECT at, position FROM outbox_marks WHERE partition = ? AND at <= ? ORDER BY at DESC LIMIT 1",
-        )
-        .bind(self.partition)
-        .bind(self.before.0)
-        .fetch_optional(&mut *tx.conn)
+        let newest = tx.conn.row("SELECT at, position FROM outbox_marks WHERE `partition` = ? AND at <= ? ORDER BY at DESC LIMIT 1", values![self.partition, self.before.0])
         .await?;
-        let Some((at, position)) = newest else { return Ok(None) };
-        sqlx::query("DELETE FROM outbox_marks WHERE partition = ? AND at < ?")
-            .bind(self.partition)
-            .bind(at)
-            .execute(&mut *tx.conn)
+        let Some(newest) = newest else { return Ok(None) };
+        let (at, position) = (newest.int(0)?, newest.text(1)?.parse()?);
+        tx.conn
+            .execute("DELETE FROM outbox_marks WHERE `partition` = ? AND at < ?", values![self.partition, at])
             .await?;
-        Ok(Some(position.parse()?))
+        Ok(Some(position))
     }
 
     fn committed(&self, _newest: &Option<OutboxId>, _hub: &Hub) {}

@@ -1,4 +1,4 @@
-//! The tables, and the connections that reach them.
+//! SQLite: the tables, and the connections that reach them.
 //!
 //! Table names come from a [`Table`]'s number, never from text. The id columns compare byte for byte: that is
 //! SQLite's default collation.
@@ -11,9 +11,10 @@ use sqlx::sqlite::{
     SqliteConnectOptions, SqliteConnection, SqliteJournalMode, SqlitePool, SqlitePoolOptions,
     SqliteSynchronous,
 };
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use super::super::error::Error;
+use super::session::{Session, values};
 
 /// Version of the tables that this release reads and writes.
 const SCHEMA: i64 = 2;
@@ -37,7 +38,7 @@ pub(super) fn path_of(database_url: &str) -> Result<PathBuf, Error> {
     let path = database_url.strip_prefix("sqlite:").map(|path| path.strip_prefix("//").unwrap_or(path));
     match path {
         Some(path) if !path.is_empty() && !path.contains(['?', ':']) => Ok(PathBuf::from(path)),
-        _ => Err(Error::Url(database_url.chars().take(120).collect())),
+        _ => Err(Error::Url),
     }
 }
 
@@ -117,17 +118,23 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, center: &CenterId) -> R
         sqlx::raw_sql(AssertSqlSafe(version_2())).execute(&mut *tx).await?;
     }
     sqlx::raw_sql(AssertSqlSafe(format!("PRAGMA user_version = {SCHEMA}"))).execute(&mut *tx).await?;
-    let owner =
-        sqlx::query("SELECT owner, COUNT(*) FROM shard_owner GROUP BY owner ORDER BY owner = ? DESC LIMIT 1")
-            .bind(center.as_str())
-            .fetch_optional(&mut *tx)
-            .await?;
-    let owner: String = owner.map(|row| row.try_get(0)).transpose()?.unwrap_or_default();
-    if owner != center.as_str() {
-        return Err(Error::ForeignCenter { owner, center: center.to_string() });
-    }
     tx.commit().await?;
     Ok(())
+}
+
+/// A database whose shards are another center's is not for us.
+pub(super) async fn check_owner(session: &mut Session, center: &CenterId) -> Result<(), Error> {
+    let owner = session
+        .row(
+            "SELECT owner, COUNT(*) FROM shard_owner GROUP BY owner ORDER BY owner = ? DESC LIMIT 1",
+            values![center.as_str()],
+        )
+        .await?;
+    let owner = owner.as_ref().map_or(Ok(""), |row| row.text(0))?;
+    if owner == center.as_str() {
+        return Ok(());
+    }
+    Err(Error::ForeignCenter { owner: owner.to_owned(), center: center.to_string() })
 }
 
 fn version_1() -> String {

@@ -1,24 +1,23 @@
-//! The one task that writes.
+//! The tasks that write: one with SQLite, which has one writer; some with MySQL, whose locks are on rows.
 //!
 //! Writes that wait are put into one transaction, so that many payments share one sync of the log. When one of
 //! them fails, nothing of the transaction counts and each is tried again in a transaction of its own: a write
 //! hurts nobody but its caller.
 
 use std::future::Future;
-use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 
 use seckill_domain::{CenterId, Clock, Millis, Shard};
-use sqlx::sqlite::SqliteConnection;
-use sqlx::{Connection, Row};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 
 use super::super::error::Error;
 use super::super::metrics::OrderMetrics;
 use super::super::updates::Updates;
-use super::schema;
+use super::database::Database;
+use super::session::Session;
+use super::transaction::Transactions;
 
 /// Writes that may wait; past it callers are refused and workers wait.
 const QUEUE: usize = 4096;
@@ -32,6 +31,9 @@ pub(super) trait Write: Send + Sync + 'static {
     /// What the caller is told.
     type Output: Send + 'static;
 
+    /// Which writes it has to come behind.
+    fn lane(&self) -> Lane;
+
     /// Does it. An error undoes the whole transaction.
     fn run(&self, tx: &mut Tx<'_>) -> impl Future<Output = Result<Self::Output, Error>> + Send;
 
@@ -39,10 +41,19 @@ pub(super) trait Write: Send + Sync + 'static {
     fn committed(&self, output: &Self::Output, hub: &Hub);
 }
 
+/// Writes of one lane happen in the order in which they were handed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Lane {
+    /// Batches of a queue's partition.
+    Batch(u16),
+    /// What changes single orders, by table; the rest is 0.
+    Orders(u16),
+}
+
 /// A transaction under way.
 pub(super) struct Tx<'c> {
     /// The connection it runs on.
-    pub(super) conn: &'c mut SqliteConnection,
+    pub(super) conn: &'c mut Session,
     /// The time of all its rows.
     pub(super) now: Millis,
     /// The shards that this center owns, as read in this transaction (O1).
@@ -54,6 +65,10 @@ pub(super) struct Tx<'c> {
 pub(super) struct OwnedShards(u64);
 
 impl OwnedShards {
+    pub(super) fn of(shards: impl IntoIterator<Item = Shard>) -> OwnedShards {
+        OwnedShards(shards.into_iter().fold(0, |set, shard| set | 1 << shard.number()))
+    }
+
     pub(super) fn contains(self, shard: Shard) -> bool {
         self.0 & (1 << shard.number()) != 0
     }
@@ -69,28 +84,59 @@ pub(super) struct Hub {
     pub(super) metrics: OrderMetrics,
 }
 
-/// The way to the writing task.
+/// The way to the writing tasks.
 #[derive(Clone)]
-pub(super) struct Writer(mpsc::Sender<Box<dyn Job>>);
+pub(super) struct Writer {
+    /// Those for batches, and those for single orders; the same one where there is only one.
+    batches: Arc<[mpsc::Sender<Box<dyn Job>>]>,
+    orders: Arc<[mpsc::Sender<Box<dyn Job>>]>,
+}
 
 impl Writer {
-    /// Starts the task. It ends when every `Writer` is gone and the queue is empty.
+    /// Starts the tasks. They end when every `Writer` is gone and the queues are empty.
     pub(super) fn start(
-        conn: SqliteConnection,
-        path: PathBuf,
-        center: CenterId,
-        clock: Arc<dyn Clock>,
-        hub: Hub,
-    ) -> (Writer, JoinHandle<()>) {
-        let (sender, jobs) = mpsc::channel(QUEUE);
-        let task = Task { conn: Some(conn), path, center, clock, hub, jobs };
-        (Writer(sender), tokio::spawn(task.run()))
+        database: &Arc<Database>,
+        first: Session,
+        center: &CenterId,
+        clock: &Arc<dyn Clock>,
+        hub: &Arc<Hub>,
+    ) -> (Writer, Vec<JoinHandle<()>>) {
+        let mut first = Some(first);
+        let mut tasks = Vec::new();
+        let mut start = || {
+            let (sender, jobs) = mpsc::channel(QUEUE);
+            let transactions =
+                Transactions::new(Arc::clone(database), first.take(), center.clone(), Arc::clone(clock));
+            let task = Task { transactions, hub: Arc::clone(hub), jobs };
+            tasks.push(tokio::spawn(task.run()));
+            sender
+        };
+        let writer = match database.writers() {
+            1 => {
+                let one: Arc<[_]> = Arc::new([start()]);
+                Writer { batches: Arc::clone(&one), orders: one }
+            }
+            some => Writer {
+                batches: (0..some).map(|_| start()).collect(),
+                orders: (0..some).map(|_| start()).collect(),
+            },
+        };
+        (writer, tasks)
+    }
+
+    fn lane(&self, lane: Lane) -> Result<&mpsc::Sender<Box<dyn Job>>, Error> {
+        let (tasks, number) = match lane {
+            Lane::Batch(number) => (&self.batches, number),
+            Lane::Orders(number) => (&self.orders, number),
+        };
+        tasks.get(usize::from(number) % tasks.len().max(1)).ok_or(Error::Closed)
     }
 
     /// Hands a write over and waits for its outcome; refused when too many wait.
     pub(super) async fn run<W: Write>(&self, write: W) -> Result<W::Output, Error> {
+        let task = self.lane(write.lane())?;
         let (job, outcome) = Pending::job(write);
-        self.0.try_send(job).map_err(|error| match error {
+        task.try_send(job).map_err(|error| match error {
             mpsc::error::TrySendError::Full(_) => Error::Overloaded,
             mpsc::error::TrySendError::Closed(_) => Error::Closed,
         })?;
@@ -99,13 +145,15 @@ impl Writer {
 
     /// Hands a write over, waiting for a place in the queue first: for workers, which have nobody to refuse.
     pub(super) async fn run_patiently<W: Write>(&self, write: W) -> Result<W::Output, Error> {
+        let task = self.lane(write.lane())?;
         let (job, outcome) = Pending::job(write);
-        self.0.send(job).await.map_err(|_| Error::Closed)?;
+        task.send(job).await.map_err(|_| Error::Closed)?;
         outcome.await.unwrap_or(Err(Error::Closed))
     }
 }
 
-trait Job: Send {
+/// A write and whoever waits for it.
+pub(super) trait Job: Send {
     fn run<'a>(&'a mut self, tx: &'a mut Tx<'_>) -> BoxFuture<'a, Result<(), Error>>;
     fn committed(self: Box<Self>, hub: &Hub);
     fn failed(self: Box<Self>, error: Error);
@@ -148,12 +196,8 @@ impl<W: Write> Job for Pending<W> {
 }
 
 struct Task {
-    // `None` after the connection broke, until the next write opens another.
-    conn: Option<SqliteConnection>,
-    path: PathBuf,
-    center: CenterId,
-    clock: Arc<dyn Clock>,
-    hub: Hub,
+    transactions: Transactions,
+    hub: Arc<Hub>,
     jobs: mpsc::Receiver<Box<dyn Job>>,
 }
 
@@ -161,7 +205,7 @@ impl Task {
     async fn run(mut self) {
         let mut group = Vec::with_capacity(GROUP);
         while self.jobs.recv_many(&mut group, GROUP).await > 0 {
-            match self.attempt(&mut group).await {
+            match self.transactions.run(&mut group).await {
                 Ok(()) => {
                     for job in group.drain(..) {
                         job.committed(&self.hub);
@@ -172,20 +216,22 @@ impl Task {
                         job.failed(error);
                     }
                 }
-                Err(_) => self.one_by_one(&mut group).await,
+                // Nobody can say which of them hurt the others, or there is nobody to ask.
+                Err(error) if error.is_answer() => self.one_by_one(&mut group).await,
+                Err(error) => {
+                    for job in group.drain(..) {
+                        job.failed(error.for_another());
+                    }
+                }
             }
         }
-        if let Some(conn) = self.conn.take()
-            && let Err(error) = conn.close().await
-        {
-            tracing::warn!(%error, "the order database did not close cleanly");
-        }
+        self.transactions.close().await;
     }
 
     async fn one_by_one(&mut self, group: &mut Vec<Box<dyn Job>>) {
         for job in group.drain(..) {
             let mut alone = [job];
-            let outcome = self.attempt(&mut alone).await;
+            let outcome = self.transactions.run(&mut alone).await;
             let [job] = alone;
             match outcome {
                 Ok(()) => job.committed(&self.hub),
@@ -193,58 +239,4 @@ impl Task {
             }
         }
     }
-
-    /// Runs all of them in one transaction.
-    async fn attempt(&mut self, jobs: &mut [Box<dyn Job>]) -> Result<(), Error> {
-        let mut conn = match self.conn.take() {
-            Some(conn) => conn,
-            None => {
-                let mut conn = schema::connect_writer(&self.path).await?;
-                schema::create_staging(&mut conn).await?;
-                conn
-            }
-        };
-        let outcome = transaction(&mut conn, &self.center, self.clock.now(), jobs).await;
-        // After an error of the database (a full disk makes SQLite roll back by itself) nobody knows in which
-        // state the connection is, so it is not used again.
-        let usable = match &outcome {
-            Ok(()) => true,
-            Err(Error::Unavailable(_) | Error::Database(_)) => false,
-            // Dropping the transaction queued its rollback; the ping runs behind it.
-            Err(_) => conn.ping().await.is_ok() && !conn.is_in_transaction(),
-        };
-        if usable {
-            self.conn = Some(conn);
-        }
-        outcome
-    }
-}
-
-async fn transaction(
-    conn: &mut SqliteConnection,
-    center: &CenterId,
-    now: Millis,
-    jobs: &mut [Box<dyn Job>],
-) -> Result<(), Error> {
-    let mut transaction = conn.begin_with("BEGIN IMMEDIATE").await?;
-    let owned = owned_shards(&mut transaction, center).await?;
-    for job in jobs {
-        job.run(&mut Tx { conn: &mut transaction, now, owned }).await?;
-    }
-    transaction.commit().await?;
-    Ok(())
-}
-
-async fn owned_shards(conn: &mut SqliteConnection, center: &CenterId) -> Result<OwnedShards, Error> {
-    // Two halves, because 64 bits do not fit SQLite's signed sum.
-    let row = sqlx::query(
-        "SELECT COALESCE(SUM(1 << shard) FILTER (WHERE shard < 32), 0),
-                COALESCE(SUM(1 << (shard - 32)) FILTER (WHERE shard >= 32), 0)
-         FROM shard_owner WHERE owner = ?",
-    )
-    .bind(center.as_str())
-    .fetch_one(conn)
-    .await?;
-    let (low, high): (i64, i64) = (row.try_get(0)?, row.try_get(1)?);
-    Ok(OwnedShards(low.cast_unsigned() | high.cast_unsigned() << 32))
 }

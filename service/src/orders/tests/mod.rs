@@ -1,8 +1,10 @@
-//! The order store on real SQLite files, the workers on a real redis-server.
+//! The order store on real SQLite files and on a real MariaDB, the workers on a real redis-server.
 
 mod both_queues;
 mod kafka;
 mod lifecycle;
+mod mysql;
+mod place;
 mod queues;
 mod replicated;
 mod store;
@@ -10,43 +12,50 @@ mod workers;
 
 use std::sync::Arc;
 
+use super::{OrderStore, Payment, PaymentId, StoreBatch, StoreOptions, StoreOutcome};
+use place::{Kind, Place, on_both};
 use seckill_domain::{
     CenterId, CenterNumber, Clock, Epoch, ManualClock, Millis, Money, OrderId, OrderRecord, OutboxId,
     Quantity, SaleId, SaleTerms, Uid,
 };
-use tempfile::TempDir;
-
-use super::{OrderStore, Payment, PaymentId, StoreBatch, StoreOptions, StoreOutcome};
+use workers::eventually;
 
 const START: Millis = Millis(1_750_000_000_000);
 
-/// A database in a folder of its own, and a clock that is moved by hand.
+/// A database of the test's own, and a clock that is moved by hand.
 struct Fixture {
-    folder: TempDir,
-    clock: Arc<ManualClock>,
+    // The store goes before the place it lives in.
     store: OrderStore,
+    place: Place,
+    clock: Arc<ManualClock>,
     /// Sequence of the last entry that was stored with [`Fixture::put`].
     seq: u64,
 }
 
 impl Fixture {
+    /// On SQLite, for what does not depend on the database.
     async fn new() -> Fixture {
-        let folder = tempfile::tempdir().unwrap();
+        Fixture::on(Kind::Sqlite).await
+    }
+
+    async fn on(kind: Kind) -> Fixture {
+        let place = Place::new(kind).await;
         let clock = Arc::new(ManualClock::new(START));
-        let store = open(&folder, &clock, "a").await.unwrap();
-        Fixture { folder, clock, store, seq: 0 }
+        let store = open(place.url(), &clock, "a").await.unwrap();
+        Fixture { store, place, clock, seq: 0 }
     }
 
-    fn url(&self) -> String {
-        url(&self.folder)
+    /// Opens the same database once more.
+    async fn open(&self, center: &str) -> Result<OrderStore, super::Error> {
+        open(self.place.url(), &self.clock, center).await
     }
 
-    /// Another store on the same file, as a second process would open it.
+    /// Another store on the same database, as a second process would open it.
     async fn again(&self) -> OrderStore {
-        open(&self.folder, &self.clock, "a").await.unwrap()
+        self.open("a").await.unwrap()
     }
 
-    /// Ends the store and opens the file again.
+    /// Ends the store and opens the database again.
     async fn reopen(&mut self) {
         self.store.close().await;
         self.store = self.again().await;
@@ -61,36 +70,34 @@ impl Fixture {
 
     /// Hands a shard over to center `b`.
     async fn give_away(&self, shard: seckill_domain::Shard) {
-        let pool = sqlx::SqlitePool::connect(&self.url()).await.unwrap();
-        sqlx::query("UPDATE shard_owner SET owner = 'b', epoch = 2 WHERE shard = ?")
-            .bind(shard.number())
-            .execute(&pool)
-            .await
-            .unwrap();
-        pool.close().await;
+        self.run(format!("UPDATE shard_owner SET owner = 'b', epoch = 2 WHERE shard = {}", shard.number()))
+            .await;
     }
 
     fn now(&self) -> Millis {
         self.clock.now()
     }
 
-    /// A number that a query on the file gives.
-    async fn number(&self, sql: &'static str) -> i64 {
-        let pool = sqlx::SqlitePool::connect(&self.url()).await.unwrap();
-        let number = sqlx::query_scalar(sql).fetch_one(&pool).await.unwrap();
-        pool.close().await;
-        number
+    /// Runs statements past the store.
+    async fn run(&self, sql: impl Into<String>) {
+        self.place.run(sql.into()).await;
+    }
+
+    /// A number that a query past the store gives.
+    async fn number(&self, sql: &str) -> i64 {
+        self.place.number(sql).await
+    }
+
+    /// Two texts a row, as a query past the store gives them.
+    async fn pairs(&self, sql: String) -> Vec<(String, String)> {
+        self.place.pairs(sql).await
     }
 }
 
-fn url(folder: &TempDir) -> String {
-    format!("sqlite:{}", folder.path().join("orders.db").display())
-}
-
-async fn open(folder: &TempDir, clock: &Arc<ManualClock>, center: &str) -> Result<OrderStore, super::Error> {
+async fn open(url: &str, clock: &Arc<ManualClock>, center: &str) -> Result<OrderStore, super::Error> {
     let clock: Arc<dyn Clock> = Arc::<ManualClock>::clone(clock);
     let options = StoreOptions { clock, ..StoreOptions::new(CenterId::new(center).unwrap()) };
-    OrderStore::open(&url(folder), options).await
+    OrderStore::open(url, options).await
 }
 
 fn at(seq: u64) -> OutboxId {

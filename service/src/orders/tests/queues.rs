@@ -5,9 +5,15 @@ use seckill_domain::OrderStatus;
 use super::*;
 use crate::orders::CancelOutcome;
 
-#[tokio::test]
-async fn a_release_waits_until_it_is_answered() {
-    let mut fixture = Fixture::new().await;
+on_both! {
+    a_release_waits_until_it_is_answered,
+    an_adopted_ledger_is_told_of_every_closed_order_again,
+    marks_say_where_the_position_was,
+    subscribers_hear_of_every_change,
+}
+
+async fn a_release_waits_until_it_is_answered(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let [known, unknown] = [("a", 1), ("b", 2)].map(|(uid, seq)| order(uid, seq, &product(100, 900)));
     fixture.put(&[known.clone(), unknown.clone()]).await;
     for record in [&known, &unknown] {
@@ -26,9 +32,8 @@ async fn a_release_waits_until_it_is_answered() {
     assert_eq!((counts.releasing.orders, counts.release_unknown.orders), (0, 1));
 }
 
-#[tokio::test]
-async fn an_adopted_ledger_is_told_of_every_closed_order_again() {
-    let mut fixture = Fixture::new().await;
+async fn an_adopted_ledger_is_told_of_every_closed_order_again(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let [open, closed, lost, paid] =
         [("a", 1), ("b", 2), ("c", 3), ("d", 4)].map(|(uid, seq)| order(uid, seq, &product(100, 900)));
     fixture.put(&[open.clone(), closed.clone(), lost.clone(), paid.clone()]).await;
@@ -55,9 +60,8 @@ async fn an_adopted_ledger_is_told_of_every_closed_order_again() {
     assert_eq!(orders.len(), 4);
 }
 
-#[tokio::test]
-async fn marks_say_where_the_position_was() {
-    let mut fixture = Fixture::new().await;
+async fn marks_say_where_the_position_was(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     assert_eq!(fixture.store.mark_position(0, START).await.unwrap(), None);
     fixture.put(&[order("bob", 1, &product(1, 900))]).await;
     assert_eq!(fixture.store.mark_position(0, fixture.now().plus_ms(-1)).await.unwrap(), None);
@@ -69,9 +73,8 @@ async fn marks_say_where_the_position_was() {
     assert_eq!(fixture.number("SELECT COUNT(*) FROM outbox_marks").await, 1);
 }
 
-#[tokio::test]
-async fn subscribers_hear_of_every_change() {
-    let mut fixture = Fixture::new().await;
+async fn subscribers_hear_of_every_change(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let record = order("bob", 1, &product(100, 900));
     let mut feed = fixture.store.updates().subscribe(record.order_id).unwrap();
     fixture.put(std::slice::from_ref(&record)).await;

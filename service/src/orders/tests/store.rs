@@ -1,11 +1,30 @@
 use seckill_domain::{CouponState, Money, OrderStatus, OutboxId, Quantity, Shard, TABLES};
 
 use super::*;
-use crate::orders::{Advance, Error, OrderFilter, Origin, Place, Unreadable};
+use crate::orders::{Advance, Error, OrderFilter, Origin, Unreadable};
 
-#[tokio::test]
-async fn what_is_stored_survives_and_is_stored_once() {
-    let mut fixture = Fixture::new().await;
+on_both! {
+    what_is_stored_survives_and_is_stored_once,
+    every_table_takes_orders_and_coupons_under_its_own_name,
+    a_position_moves_once_and_takes_its_orders_with_it,
+    two_stores_on_one_file_store_each_entry_once,
+    bob_is_not_bob,
+    pages_of_a_list_are_stable_while_it_grows,
+    a_walk_over_all_orders_sees_each_once,
+    an_unreadable_entry_is_set_aside_and_blocks_nothing,
+    an_order_id_that_names_two_orders_is_reported,
+    a_database_belongs_to_one_center_and_one_release,
+    many_may_open_a_new_database_at_once,
+    a_shard_of_another_center_is_left_alone,
+    a_closed_store_says_so,
+    an_offset_moves_once_and_takes_its_orders_with_it,
+    with_kafka_a_partition_is_stored_as_far_as_its_slowest_shard,
+    a_batch_of_a_shard_that_is_not_ours_moves_no_offset,
+    what_was_set_aside_is_settled_by_the_batch_that_stores_it,
+}
+
+async fn what_is_stored_survives_and_is_stored_once(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1999, 900);
     // More than one insert of each size, and tables with none, one and several.
     let orders: Vec<_> = (1..=1500).map(|n| order(&format!("user-{n}"), n, &terms)).collect();
@@ -27,9 +46,8 @@ async fn what_is_stored_survives_and_is_stored_once() {
     assert_eq!((counts.positions, counts.unreadable), (vec![(0, at(2))], 0));
 }
 
-#[tokio::test]
-async fn every_table_takes_orders_and_coupons_under_its_own_name() {
-    let mut fixture = Fixture::new().await;
+async fn every_table_takes_orders_and_coupons_under_its_own_name(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let mut one_each = vec![None; usize::from(TABLES)];
     let mut seq = 0;
     for n in 0.. {
@@ -45,28 +63,23 @@ async fn every_table_takes_orders_and_coupons_under_its_own_name() {
     }
     let orders: Vec<_> = one_each.into_iter().flatten().collect();
     assert_eq!(fixture.put(&orders).await.stored, u64::from(TABLES));
-    let pool = sqlx::SqlitePool::connect(&fixture.url()).await.unwrap();
     for record in &orders {
         let table = record.uid.table().number();
         for (kind, id) in [("orders", "order_id"), ("coupons", "coupon_id")] {
-            let sql = format!("SELECT uid, {id} FROM {kind}_{table:03}");
-            let rows: Vec<(String, String)> =
-                sqlx::query_as(sqlx::AssertSqlSafe(sql)).fetch_all(&pool).await.unwrap();
+            let rows = fixture.pairs(format!("SELECT uid, {id} FROM {kind}_{table:03}")).await;
             assert_eq!(rows, [(record.uid.to_string(), record.order_id.to_string())]);
         }
     }
-    pool.close().await;
 }
 
-#[tokio::test]
-async fn a_position_moves_once_and_takes_its_orders_with_it() {
-    let mut fixture = Fixture::new().await;
+async fn a_position_moves_once_and_takes_its_orders_with_it(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     fixture.put(&[order("bob", 1, &terms)]).await;
     let late = [order("bob", 2, &terms)];
     let lost = fixture.store.store(StoreBatch::outbox(0, at(0), at(1), late.to_vec())).await;
     assert!(
-        matches!(&lost, Err(Error::PositionMoved { place: Place::Outbox(0), found, .. }) if *found == at(1).to_string()),
+        matches!(&lost, Err(Error::PositionMoved { place: crate::orders::Place::Outbox(0), found, .. }) if *found == at(1).to_string()),
         "{lost:?}"
     );
     assert_eq!(fixture.store.order(late[0].order_id).await.unwrap(), None);
@@ -76,9 +89,8 @@ async fn a_position_moves_once_and_takes_its_orders_with_it() {
     assert_eq!(fixture.store.position(1).await.unwrap(), at(7));
 }
 
-#[tokio::test]
-async fn two_stores_on_one_file_store_each_entry_once() {
-    let fixture = Fixture::new().await;
+async fn two_stores_on_one_file_store_each_entry_once(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
     let other = fixture.again().await;
     let terms = product(1, 900);
     let feed = |store: OrderStore| {
@@ -109,9 +121,8 @@ async fn two_stores_on_one_file_store_each_entry_once() {
     other.close().await;
 }
 
-#[tokio::test]
-async fn bob_is_not_bob() {
-    let mut fixture = Fixture::new().await;
+async fn bob_is_not_bob(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     let orders = [order("Bob", 1, &terms), order("bob", 2, &terms), order("BOB", 3, &terms)];
     fixture.put(&orders).await;
@@ -124,9 +135,8 @@ async fn bob_is_not_bob() {
     assert_eq!(cancelled, crate::orders::CancelOutcome::NotFound);
 }
 
-#[tokio::test]
-async fn pages_of_a_list_are_stable_while_it_grows() {
-    let mut fixture = Fixture::new().await;
+async fn pages_of_a_list_are_stable_while_it_grows(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     let mut expected = Vec::new();
     for n in 1..=25 {
@@ -155,9 +165,8 @@ async fn pages_of_a_list_are_stable_while_it_grows() {
     assert_eq!(fixture.store.orders_of(&user("nobody"), 10, None).await.unwrap().items, []);
 }
 
-#[tokio::test]
-async fn a_walk_over_all_orders_sees_each_once() {
-    let mut fixture = Fixture::new().await;
+async fn a_walk_over_all_orders_sees_each_once(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     let orders: Vec<_> = (1..=300).map(|n| order(&format!("u{n}"), n, &terms)).collect();
     fixture.put(&orders).await;
@@ -186,9 +195,8 @@ async fn a_walk_over_all_orders_sees_each_once() {
     assert_eq!(fixture.store.sales().await.unwrap(), [sale("s")]);
 }
 
-#[tokio::test]
-async fn an_unreadable_entry_is_set_aside_and_blocks_nothing() {
-    let fixture = Fixture::new().await;
+async fn an_unreadable_entry_is_set_aside_and_blocks_nothing(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
     let bad = Unreadable {
         origin: Origin::Outbox { partition: 0, id: at(1) },
         reason: "kind \"later\"".to_owned(),
@@ -206,9 +214,8 @@ async fn an_unreadable_entry_is_set_aside_and_blocks_nothing() {
     assert!(fixture.store.order(good.order_id).await.unwrap().is_some());
 }
 
-#[tokio::test]
-async fn an_order_id_that_names_two_orders_is_reported() {
-    let mut fixture = Fixture::new().await;
+async fn an_order_id_that_names_two_orders_is_reported(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     let first = order("bob", 1, &terms);
     fixture.put(std::slice::from_ref(&first)).await;
@@ -219,22 +226,31 @@ async fn an_order_id_that_names_two_orders_is_reported() {
     assert_eq!(fixture.store.order(first.order_id).await.unwrap().unwrap().sale_id, sale("s"));
 }
 
-#[tokio::test]
-async fn a_database_belongs_to_one_center_and_one_release() {
-    let fixture = Fixture::new().await;
-    let foreign = open(&fixture.folder, &fixture.clock, "b").await;
+async fn a_database_belongs_to_one_center_and_one_release(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
+    let foreign = fixture.open("b").await;
     assert!(matches!(&foreign, Err(Error::ForeignCenter { owner, center }) if owner == "a" && center == "b"));
     assert_eq!(fixture.number("SELECT COUNT(*) FROM shard_owner WHERE owner = 'a'").await, 64);
-    fixture.number("PRAGMA user_version = 99; SELECT 1").await;
-    assert!(matches!(open(&fixture.folder, &fixture.clock, "a").await, Err(Error::Migrate(_))));
+    fixture
+        .run(match kind {
+            Kind::Sqlite => "PRAGMA user_version = 99",
+            Kind::MySql => "UPDATE schema_version SET version = 99, oldest = 99",
+        })
+        .await;
+    assert!(matches!(fixture.open("a").await, Err(Error::Migrate(_))));
+    if kind == Kind::MySql {
+        // A later release that only added something works beside this one.
+        fixture.run("UPDATE schema_version SET oldest = 1").await;
+        fixture.open("a").await.unwrap().close().await;
+        fixture.run("UPDATE schema_version SET version = 1").await;
+    }
 }
 
-#[tokio::test]
-async fn many_may_open_a_new_database_at_once() {
-    let folder = tempfile::tempdir().unwrap();
+async fn many_may_open_a_new_database_at_once(kind: Kind) {
+    let place = Place::empty(kind).await;
     let clock = Arc::new(ManualClock::new(START));
-    let (one, two, three) =
-        tokio::join!(open(&folder, &clock, "a"), open(&folder, &clock, "a"), open(&folder, &clock, "a"));
+    let open = || open(place.url(), &clock, "a");
+    let (one, two, three) = tokio::join!(open(), open(), open());
     for store in [one, two, three] {
         let store = store.unwrap();
         assert_eq!(store.position(0).await.unwrap(), OutboxId::ZERO);
@@ -242,9 +258,8 @@ async fn many_may_open_a_new_database_at_once() {
     }
 }
 
-#[tokio::test]
-async fn a_shard_of_another_center_is_left_alone() {
-    let mut fixture = Fixture::new().await;
+async fn a_shard_of_another_center_is_left_alone(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     let (bob, eve) = (order("bob", 1, &terms), order("eve", 2, &terms));
     assert_ne!(bob.uid.table().shard(), eve.uid.table().shard());
@@ -263,18 +278,19 @@ async fn a_shard_of_another_center_is_left_alone() {
 
 #[tokio::test]
 async fn errors_of_the_file_name_it() {
-    for bad in ["mysql://x", "sqlite:", "sqlite::memory:", "sqlite:a?mode=ro", ""] {
+    for bad in
+        ["mysql://x", "mysql://user:secret@host/", "sqlite:", "sqlite::memory:", "sqlite:a?mode=ro", ""]
+    {
         let options = StoreOptions::new(CenterId::new("a").unwrap());
-        assert!(matches!(OrderStore::open(bad, options).await, Err(Error::Url(_))), "{bad}");
+        assert!(matches!(OrderStore::open(bad, options).await, Err(Error::Url)), "{bad}");
     }
     let options = StoreOptions::new(CenterId::new("a").unwrap());
     let missing = OrderStore::open("sqlite:/nowhere/orders.db", options).await.err().unwrap();
     assert!(missing.to_string().contains("/nowhere/orders.db"), "{missing}");
 }
 
-#[tokio::test]
-async fn a_closed_store_says_so() {
-    let mut fixture = Fixture::new().await;
+async fn a_closed_store_says_so(kind: Kind) {
+    let mut fixture = Fixture::on(kind).await;
     let record = order("bob", 1, &coupon(0));
     fixture.put(std::slice::from_ref(&record)).await;
     let own = fixture.store.coupons_of(&record.uid, 10, None).await.unwrap().items;
@@ -290,9 +306,8 @@ fn records(shard: Shard, from: i64, to: i64, mark: u64, orders: Vec<OrderRecord>
     StoreBatch { advance, orders, ..StoreBatch::default() }
 }
 
-#[tokio::test]
-async fn an_offset_moves_once_and_takes_its_orders_with_it() {
-    let fixture = Fixture::new().await;
+async fn an_offset_moves_once_and_takes_its_orders_with_it(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
     let terms = product(1, 900);
     let [first, late] = [1, 2].map(|seq| order("bob", seq, &terms));
     let shard = first.uid.table().shard();
@@ -300,7 +315,7 @@ async fn an_offset_moves_once_and_takes_its_orders_with_it() {
     fixture.store.store(records(shard, 0, 4, 9, vec![first])).await.unwrap();
     let lost = fixture.store.store(records(shard, 0, 5, 9, vec![late.clone()])).await;
     assert!(
-        matches!(&lost, Err(Error::PositionMoved { place, found, .. }) if *place == Place::Kafka(shard) && found == "4"),
+        matches!(&lost, Err(Error::PositionMoved { place, found, .. }) if *place == crate::orders::Place::Kafka(shard) && found == "4"),
         "{lost:?}"
     );
     assert_eq!(fixture.store.order(late.order_id).await.unwrap(), None);
@@ -314,9 +329,8 @@ async fn an_offset_moves_once_and_takes_its_orders_with_it() {
     assert_eq!(fixture.store.order(late.order_id).await.unwrap(), None);
 }
 
-#[tokio::test]
-async fn with_kafka_a_partition_is_stored_as_far_as_its_slowest_shard() {
-    let fixture = Fixture::new().await;
+async fn with_kafka_a_partition_is_stored_as_far_as_its_slowest_shard(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
     let mark = async |shard: u8, from: i64, mark: u64| {
         let shard = Shard::new(shard).unwrap();
         fixture.store.store(records(shard, from, from + 1, mark, Vec::new())).await.unwrap();
@@ -338,9 +352,8 @@ async fn with_kafka_a_partition_is_stored_as_far_as_its_slowest_shard() {
     assert_eq!(fixture.store.position(1).await.unwrap(), OutboxId::ZERO);
 }
 
-#[tokio::test]
-async fn a_batch_of_a_shard_that_is_not_ours_moves_no_offset() {
-    let fixture = Fixture::new().await;
+async fn a_batch_of_a_shard_that_is_not_ours_moves_no_offset(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
     let [bob, eve] = [("bob", 1), ("eve", 2)].map(|(uid, seq)| order(uid, seq, &product(1, 900)));
     let [bobs, eves] = [&bob, &eve].map(|record| record.uid.table().shard());
     fixture.give_away(bobs).await;
@@ -353,9 +366,8 @@ async fn a_batch_of_a_shard_that_is_not_ours_moves_no_offset() {
     fixture.store.store(records(eves, 0, 1, 1, vec![eve])).await.unwrap();
 }
 
-#[tokio::test]
-async fn what_was_set_aside_is_settled_by_the_batch_that_stores_it() {
-    let fixture = Fixture::new().await;
+async fn what_was_set_aside_is_settled_by_the_batch_that_stores_it(kind: Kind) {
+    let fixture = Fixture::on(kind).await;
     let record = order("bob", 1, &product(1, 900));
     let shard = record.uid.table().shard();
     let origin = Origin::Kafka { shard, offset: 3 };
