@@ -123,6 +123,36 @@ impl Buyers {
         append_base64(&self.signatures[user as usize], out);
     }
 
+    /// Appends a token that nobody signed for this buyer: by `kind`, a signature with one bit changed, another
+    /// buyer's signature, or `"alg": "none"` without one.
+    pub fn write_forged_token(&self, user: u32, kind: u32, out: &mut Vec<u8>) {
+        let count = self.count();
+        match kind % if count > 1 { 3 } else { 2 } {
+            0 => {
+                let mut signature = self.signatures[user as usize];
+                signature[usize::from(signature[0]) % 32] ^= 1;
+                self.write_signed_part(user, out);
+                out.push(b'.');
+                append_base64(&signature, out);
+            }
+            1 => {
+                let claims = out.len() + self.token_head.len();
+                self.write_signed_part(user, out);
+                let claims = out.split_off(claims);
+                out.truncate(out.len() - self.token_head.len());
+                append_base64(br#"{"alg":"none","typ":"JWT"}"#, out);
+                out.push(b'.');
+                out.extend_from_slice(&claims);
+                out.push(b'.');
+            }
+            _ => {
+                self.write_signed_part(user, out);
+                out.push(b'.');
+                append_base64(&self.signatures[((user + 1) % count) as usize], out);
+            }
+        }
+    }
+
     fn write_signed_part(&self, user: u32, out: &mut Vec<u8>) {
         out.extend_from_slice(self.token_head.as_bytes());
         // A uid has no character that JSON would escape: the prefix is checked, the rest are digits.
@@ -141,16 +171,16 @@ impl Buyers {
     }
 
     /// The idempotency key of a buyer's `key`-th purchase, 36 characters in the form of a UUID.
-    pub fn key(&self, user: u32, key: u16) -> String {
+    pub fn key(&self, user: u32, key: u32) -> String {
         let mut out = Vec::new();
         self.write_key(user, key, &mut out);
         String::from_utf8_lossy(&out).into_owned()
     }
 
     /// Appends the idempotency key of a buyer's `key`-th purchase.
-    pub fn write_key(&self, user: u32, key: u16, out: &mut Vec<u8>) {
+    pub fn write_key(&self, user: u32, key: u32, out: &mut Vec<u8>) {
         const HEX: &[u8; 16] = b"0123456789abcdef";
-        let n = u64::from(user) << 16 | u64::from(key);
+        let n = u64::from(user) << 32 | u64::from(key);
         let high = mix(self.seed ^ mix(n));
         let bits = u128::from(high) << 64 | u128::from(mix(high ^ n.rotate_left(32)));
         // Version and variant of a random UUID (RFC 9562).
@@ -174,7 +204,7 @@ fn append_base64(bytes: &[u8], out: &mut Vec<u8>) {
 }
 
 /// Four characters that tell the buyers of two runs apart.
-fn prefix_of(seed: u64) -> String {
+pub fn prefix_of(seed: u64) -> String {
     const ALPHABET: &[u8; 32] = b"abcdefghijklmnopqrstuvwxyz234567";
     let bits = mix(seed);
     (0..4).map(|i| char::from(ALPHABET[(bits >> (5 * i)) as usize & 31])).collect()
@@ -229,11 +259,29 @@ mod tests {
     }
 
     #[test]
+    fn no_verifier_takes_a_forged_token() {
+        let buyers = buyers(None);
+        for kind in 0..3 {
+            for user in [0, 5, 999] {
+                let mut token = Vec::new();
+                buyers.write_forged_token(user, kind, &mut token);
+                let result = jsonwebtoken::decode::<serde_json::Value>(
+                    &token,
+                    &jsonwebtoken::DecodingKey::from_secret(SECRET),
+                    &jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS256),
+                );
+                assert!(result.is_err(), "{kind}");
+                assert_eq!(token.iter().filter(|byte| **byte == b'.').count(), 2, "{kind}");
+            }
+        }
+    }
+
+    #[test]
     fn every_purchase_has_a_key_of_its_own() {
         let buyers = buyers(None);
         let keys: HashSet<_> = (0..1000)
             .flat_map(|user| (0..3).map(move |key| (user, key)))
-            .map(|(u, k)| buyers.key(u, k))
+            .map(|(user, key)| buyers.key(user, key))
             .collect();
         assert_eq!(keys.len(), 3000);
         assert!(keys.iter().all(|key| key.len() == 36 && key.as_bytes()[14] == b'4'));

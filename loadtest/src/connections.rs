@@ -8,6 +8,8 @@ use std::os::fd::OwnedFd;
 use rustix::event::{Timespec, epoll};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, ipproto, sockopt};
 
+use serde::{Deserialize, Serialize};
+
 use crate::outcome::{Code, Verdict};
 use crate::schedule::Due;
 use crate::wire::{self, Answer};
@@ -30,6 +32,8 @@ pub struct Flight {
     pub sent_ns: u64,
     /// The purchase was known to have an order.
     pub knew_order: bool,
+    /// The item it is about.
+    pub item: u8,
 }
 
 /// A slot that had an event.
@@ -65,7 +69,7 @@ impl Default for Events {
 }
 
 /// What happened since the start.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Tally {
     /// Connections opened.
     pub opened: u64,
@@ -142,6 +146,16 @@ impl Connections {
         !self.idle.is_empty()
     }
 
+    /// Every connection there may be is open and idle.
+    pub fn all_idle(&self) -> bool {
+        self.idle.len() == self.max
+    }
+
+    /// Times before now were counted from another start.
+    pub fn forget_time(&mut self) {
+        self.connect_after_ns = 0;
+    }
+
     /// When [`Connections::open_more`] should be called again for a request that waits, if no event comes
     /// before.
     pub fn retry_ns(&self) -> Option<u64> {
@@ -195,7 +209,7 @@ impl Connections {
         &mut self,
         ready: Ready,
         now_ns: u64,
-        judge: impl FnOnce(&Answer<'_>) -> Verdict,
+        judge: impl FnOnce(&Flight, &Answer<'_>) -> Verdict,
     ) -> Option<(Flight, Verdict)> {
         let Ready { at, generation, flags } = ready;
         let conn = self.slots[at].as_ref().filter(|conn| conn.generation == generation)?;
@@ -326,7 +340,7 @@ impl Connections {
     fn receive(
         &mut self,
         at: usize,
-        judge: impl FnOnce(&Answer<'_>) -> Verdict,
+        judge: impl FnOnce(&Flight, &Answer<'_>) -> Verdict,
     ) -> Option<(Flight, Verdict)> {
         loop {
             let conn = self.slots[at].as_mut()?;
@@ -349,10 +363,11 @@ impl Connections {
                 self.close(at);
                 return None;
             }
+            let State::Busy(flight) = &conn.state else { return None };
             let (verdict, reusable) = match wire::parse_answer(&conn.buf[..conn.filled], eof) {
                 Ok(Some(answer)) => {
                     let whole = answer.consumed == conn.filled && conn.unsent.is_empty();
-                    (judge(&answer), whole && !answer.close && !eof)
+                    (judge(flight, &answer), whole && !answer.close && !eof)
                 }
                 Ok(None) if eof => return self.fail(at, Code::CONNECTION_LOST),
                 // Level-triggered: the rest of the answer raises the next event.

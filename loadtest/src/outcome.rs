@@ -9,7 +9,7 @@ use serde::Deserialize;
 use crate::wire::Answer;
 
 /// Codes that are known beforehand: the service's, then the generator's own.
-const KNOWN: [&str; 29] = [
+const KNOWN: [&str; 39] = [
     "accepted",
     "replayed",
     "timeout",
@@ -38,11 +38,56 @@ const KNOWN: [&str; 29] = [
     "payload_too_large",
     "order_closed",
     "internal",
+    "ok",
+    "paid",
+    "cancelled",
+    "order_not_found",
+    "coupon_unusable",
+    "amount_mismatch",
+    "orders_unavailable",
+    "not_found",
+    "http_502",
+    "http_504",
     "other",
 ];
 
 /// Codes a run may learn beyond the known ones; what comes after is counted as `other`.
 const LEARNED_MAX: usize = 32;
+
+/// What a request does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Op {
+    /// `POST /v1/sales/{id}/purchases`.
+    Purchase,
+    /// The same with a forged token.
+    ForgedPurchase,
+    /// `GET /v1/sales/{id}`.
+    ReadSale,
+    /// `GET /v1/orders/{id}`.
+    ReadOrder,
+    /// `POST /v1/orders/{id}/pay`.
+    Pay,
+    /// `POST /v1/orders/{id}/cancel`.
+    Cancel,
+}
+
+impl Op {
+    /// All of them, in the order of their numbers.
+    pub const ALL: [Op; 6] =
+        [Op::Purchase, Op::ForgedPurchase, Op::ReadSale, Op::ReadOrder, Op::Pay, Op::Cancel];
+
+    /// Its name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Op::Purchase => "purchase",
+            Op::ForgedPurchase => "forged_purchase",
+            Op::ReadSale => "read_sale",
+            Op::ReadOrder => "read_order",
+            Op::Pay => "pay",
+            Op::Cancel => "cancel",
+        }
+    }
+}
 
 /// A code as a small number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -61,6 +106,12 @@ impl Code {
     pub const INVALID_ANSWER: Code = Code(4);
     /// Still waiting for a connection when the run ended.
     pub const UNSENT: Code = Code(5);
+    /// A read was answered.
+    pub const OK: Code = Code(28);
+    /// A payment was taken.
+    pub const PAID: Code = Code(29);
+    /// An order was cancelled.
+    pub const CANCELLED: Code = Code(30);
     const OTHER: Code = Code(KNOWN.len() as u8 - 1);
 
     /// How many numbers there can be.
@@ -122,11 +173,49 @@ pub enum Effect {
         replayed: bool,
         /// Sale and quantity are the ones that were asked for.
         as_asked: bool,
+        /// The center that the answer calls the order's home, as [`center_mark`].
+        home: u8,
     },
+    /// A read was answered, a payment or a cancellation carried out.
+    Done(Seen),
     /// Nothing happened.
     Refused,
     /// It may have happened, or may happen yet.
     Unknown,
+}
+
+/// What an answer to something else than a purchase shows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Seen {
+    /// A sale.
+    Sale,
+    /// An order.
+    Order {
+        /// How far it is.
+        stage: Stage,
+        /// What it comes to, minor units.
+        amount: u64,
+    },
+    /// The order is paid.
+    Paid,
+    /// The order is cancelled.
+    Cancelled,
+}
+
+/// How far an order is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stage {
+    /// Not stored yet.
+    Queued,
+    /// Stored.
+    Created,
+    /// Paid, cancelled, expired, or a state that this version does not know.
+    Settled,
+}
+
+/// A center's id in a byte that is not 0: enough to tell the few centers of a topology apart.
+pub fn center_mark(id: &str) -> u8 {
+    id.bytes().fold(17u8, |mark, byte| mark.wrapping_mul(31).wrapping_add(byte)).max(1)
 }
 
 /// An answer, or its absence, understood.
@@ -136,6 +225,8 @@ pub struct Verdict {
     pub code: Code,
     /// What it did.
     pub effect: Effect,
+    /// The server failed, as far as the buyer can tell: a 5xx, whether or not anything happened, or no answer.
+    pub failed: bool,
     /// The same request with the same key may be sent again.
     pub retryable: bool,
     /// How long the server asks to wait.
@@ -145,7 +236,7 @@ pub struct Verdict {
 impl Verdict {
     /// A request whose fate is not known.
     pub fn unknown(code: Code) -> Verdict {
-        Verdict { code, effect: Effect::Unknown, retryable: true, retry_after_s: None }
+        Verdict { code, effect: Effect::Unknown, failed: true, retryable: true, retry_after_s: None }
     }
 }
 
@@ -156,6 +247,16 @@ struct Accepted<'a> {
     #[serde(borrow)]
     sale_id: Option<Cow<'a, str>>,
     quantity: Option<u64>,
+    #[serde(borrow)]
+    home_center: Option<Cow<'a, str>>,
+}
+
+#[derive(Deserialize)]
+struct OrderSeen<'a> {
+    #[serde(borrow)]
+    status: Cow<'a, str>,
+    #[serde(default)]
+    amount: u64,
 }
 
 #[derive(Deserialize)]
@@ -176,20 +277,16 @@ pub struct Asked {
     pub quantity: u32,
 }
 
-/// Understands an answer to a purchase.
-pub fn judge(answer: &Answer<'_>, asked: &Asked, codes: &mut Codes) -> Verdict {
+/// Understands an answer to a request of this kind; purchases asked for `asked`.
+pub fn judge(op: Op, answer: &Answer<'_>, asked: &Asked, codes: &mut Codes) -> Verdict {
     if (200..300).contains(&answer.status) {
-        let Some((accepted, order)) = serde_json::from_slice::<Accepted<'_>>(&answer.body)
-            .ok()
-            .and_then(|accepted| accepted.order_id.parse().ok().map(|order| (accepted, order)))
-        else {
-            return Verdict::unknown(Code::INVALID_ANSWER);
+        return match op {
+            Op::Purchase | Op::ForgedPurchase => accepted(answer, asked),
+            Op::ReadSale => done(Code::OK, Seen::Sale),
+            Op::ReadOrder => order(answer),
+            Op::Pay => done(Code::PAID, Seen::Paid),
+            Op::Cancel => done(Code::CANCELLED, Seen::Cancelled),
         };
-        let as_asked = accepted.sale_id.as_deref() == Some(asked.sale.as_str())
-            && accepted.quantity == Some(u64::from(asked.quantity));
-        let code = if answer.replayed { Code::REPLAYED } else { Code::ACCEPTED };
-        let effect = Effect::Accepted { order, replayed: answer.replayed, as_asked };
-        return Verdict { code, effect, retryable: false, retry_after_s: None };
     }
     let problem = serde_json::from_slice::<Problem<'_>>(&answer.body).ok();
     let code = match &problem {
@@ -197,11 +294,45 @@ pub fn judge(answer: &Answer<'_>, asked: &Asked, codes: &mut Codes) -> Verdict {
         None => codes.number(&format!("http_{}", answer.status)),
     };
     let executed = problem.as_ref().and_then(|problem| problem.executed.as_deref());
+    let failed = answer.status >= 500 || answer.status == 408;
     // A 5xx that does not say "nothing happened" may have happened; so may a request a proxy gave up on.
-    let unknown = (answer.status >= 500 || answer.status == 408) && executed != Some("no");
+    let unknown = failed && executed != Some("no");
     let retryable = unknown || problem.and_then(|problem| problem.retryable).unwrap_or(answer.status == 429);
     let effect = if unknown { Effect::Unknown } else { Effect::Refused };
-    Verdict { code, effect, retryable, retry_after_s: answer.retry_after_s }
+    Verdict { code, effect, failed, retryable, retry_after_s: answer.retry_after_s }
+}
+
+fn done(code: Code, seen: Seen) -> Verdict {
+    Verdict { code, effect: Effect::Done(seen), failed: false, retryable: false, retry_after_s: None }
+}
+
+fn accepted(answer: &Answer<'_>, asked: &Asked) -> Verdict {
+    let Some((accepted, order)) = serde_json::from_slice::<Accepted<'_>>(&answer.body)
+        .ok()
+        .and_then(|accepted| accepted.order_id.parse().ok().map(|order| (accepted, order)))
+    else {
+        return Verdict::unknown(Code::INVALID_ANSWER);
+    };
+    let as_asked = accepted.sale_id.as_deref() == Some(asked.sale.as_str())
+        && accepted.quantity == Some(u64::from(asked.quantity));
+    let code = if answer.replayed { Code::REPLAYED } else { Code::ACCEPTED };
+    let home = accepted.home_center.as_deref().map_or(0, center_mark);
+    let effect = Effect::Accepted { order, replayed: answer.replayed, as_asked, home };
+    Verdict { code, effect, failed: false, retryable: false, retry_after_s: None }
+}
+
+fn order(answer: &Answer<'_>) -> Verdict {
+    match serde_json::from_slice::<OrderSeen<'_>>(&answer.body) {
+        Err(_) => Verdict::unknown(Code::INVALID_ANSWER),
+        Ok(order) => {
+            let stage = match &*order.status {
+                "queued" => Stage::Queued,
+                "created" => Stage::Created,
+                _ => Stage::Settled,
+            };
+            done(Code::OK, Seen::Order { stage, amount: order.amount })
+        }
+    }
 }
 
 #[cfg(test)]
@@ -219,8 +350,19 @@ mod tests {
         };
         let mut codes = Codes::default();
         let asked = Asked { sale: "s1".to_owned(), quantity: 2 };
-        let verdict = judge(&answer, &asked, &mut codes);
+        let verdict = judge(Op::Purchase, &answer, &asked, &mut codes);
         (codes.name(verdict.code), verdict)
+    }
+
+    #[test]
+    fn the_codes_that_have_names_here_stand_where_they_should() {
+        let codes = Codes::default();
+        for (code, name) in [(Code::OK, "ok"), (Code::PAID, "paid"), (Code::CANCELLED, "cancelled")] {
+            assert_eq!(codes.name(code), name);
+        }
+        for (at, op) in Op::ALL.into_iter().enumerate() {
+            assert_eq!(op as usize, at);
+        }
     }
 
     #[test]

@@ -1,41 +1,40 @@
 //! One run from beginning to end.
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::books::{self, Access, Opening};
-use crate::buyers::{Buyers, TokenTerms};
+use crate::books;
 use crate::client::{self, Client, Target};
-use crate::outcome::{Asked, Code, Codes};
-use crate::record::{Purchase, Violations};
+use crate::environment::{Environment, peak_rss_bytes};
+use crate::generators::{Generators, LedgerFolder, resolve};
+use crate::impact::impact;
+use crate::ledger_file::Ledger;
+use crate::observe::{Moment, Observer};
+use crate::outcome::Codes;
+use crate::part::Part;
+use crate::plan::Plan;
+use crate::preflight::{self, PREFLIGHT_TIMEOUT};
 use crate::report::{
-    CodeReport, Environment, Generator, INTERVALS_KEPT, IntervalReport, Latency, Offered, Purchases, Report,
-    Result as Ending, SCHEMA, SCHEMA_VERSION, WorkerReport,
+    CodeReport, Generator, Latency, Offered, Report, Result as Ending, SCHEMA, SCHEMA_VERSION, WorkerReport,
 };
-use crate::request::PurchaseRequest;
 use crate::scenario::{Invalid, Scenario};
 use crate::schedule::Reason;
 use crate::selfcheck::{self, Usage};
+use crate::series::Series;
 use crate::stats::{Interval, Stats, add, histogram};
-use crate::worker::{Outcome, Plan, Worker};
+use crate::timeline::{Event, Timeline};
 
-/// Between the start of the workers' threads and the first arrival.
-const LEAD: Duration = Duration::from_millis(50);
-/// The first calls at target and admin listener.
-const PREFLIGHT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A sale that was just created reaches the public listener with its next snapshot.
-const SALE_SHOWS_WITHIN: Duration = Duration::from_secs(2);
-/// Tokens outlive the run by this much.
-const TOKEN_SPARE_S: i64 = 3600;
-/// Seconds of all workers that may wait to be shown.
-const INTERVALS_WAITING: usize = 4096;
+/// Between two looks at what is left of the sale.
+const STOCK_PAUSE: Duration = Duration::from_millis(500);
+/// Descriptors beside the connections.
+const DESCRIPTORS_SPARE: u64 = 256;
 
 /// Why a run did not begin.
 #[derive(Debug, thiserror::Error)]
@@ -49,7 +48,7 @@ pub enum Error {
     /// Nothing answers.
     #[error("{0}")]
     Unreachable(String),
-    /// The generator's own trouble: no threads, no epoll.
+    /// The generator's own trouble: no threads, no epoll, no room for the record.
     #[error("the generator failed: {0}")]
     Generator(#[from] io::Error),
 }
@@ -88,357 +87,341 @@ impl From<books::Error> for Error {
     }
 }
 
-/// Runs a scenario. `progress` gets lines for a person to read, about one a second; when `interrupt` is done
-/// the arrivals end, and the books are checked for what was sent until then.
+/// Runs a scenario. `observer` is told about every second; when `interrupt` is done the arrivals end, and the
+/// books are checked for what was sent until then.
 pub async fn run(
     scenario: &Scenario,
-    mut progress: impl FnMut(&str),
+    mut observer: impl Observer,
     interrupt: impl Future<Output = ()>,
 ) -> Result<Report, Error> {
     scenario.validate()?;
-    let mut targets = Vec::new();
-    for url in &scenario.targets {
-        targets.push(Target::resolve(url).await?);
+    raise_descriptor_limit(scenario)?;
+    let environment = Environment::here();
+    let targets = resolve(scenario).await?;
+    let found = preflight::look(scenario, &targets).await?;
+    let plan = Arc::new(plan(scenario, &targets, &found.coupons, &mut observer).await?);
+    if found.opening.is_some() {
+        preflight::check_token(&plan, &targets).await?;
     }
-    let opening = preflight(scenario, &targets).await?;
-    let plan = Arc::new(plan(scenario, &targets, &mut progress).await?);
-    if opening.is_some() {
-        check_token(&plan, &targets).await?;
-    }
-
-    let codes = Codes::default();
+    let timeline = Timeline::new(scenario).await?;
+    let folder = LedgerFolder::create(scenario.ledger_dir.as_deref())?;
+    let mut codes = Codes::default();
+    let mut generators = Generators::start(scenario, &plan, &found.coupons, &codes, folder.path()).await?;
+    let start = generators.open().await?;
     let started_at = jiff::Timestamp::now();
-    let start = Instant::now() + LEAD;
-    let (sender, receiver) = mpsc::channel(INTERVALS_WAITING);
-    let mut workers: Vec<JoinHandle<io::Result<Outcome>>> = Vec::new();
-    for number in 0..scenario.workers {
-        let worker = Worker::new(Arc::clone(&plan), number, codes.clone(), start, sender.clone())?;
-        let thread = std::thread::Builder::new().name(format!("worker-{number}"));
-        workers.push(thread.spawn(move || worker.run())?);
-    }
-    drop(sender);
-    let (intervals, interrupted) = watch(scenario, &plan, receiver, &mut progress, interrupt).await;
+    let stock = found.opening.as_ref().map(|_| Stock::watch(&targets[0], scenario));
+    let mut course = Course::new(&plan, stock, timeline.is_empty());
+    course.follow(timeline, start, &mut generators, &mut observer, interrupt).await;
 
-    let mut all = Merged::new();
-    for worker in workers {
-        match worker.join() {
-            Ok(outcome) => all.add(outcome?),
-            Err(panic) => std::panic::resume_unwind(panic),
-        }
-    }
-    let mut report = all.report(scenario, &plan, &codes, started_at, interrupted, intervals);
-    if let Some(opening) = opening {
+    let mut all = generators.finish(&mut codes).await?;
+    let violations = std::mem::take(&mut all.violations);
+    let mut report = assemble(scenario, &plan, &codes, &all, environment);
+    report.started_at = started_at.to_string();
+    report.interrupted = course.interrupted;
+    report.generator.stock_reads = course.stock_reads();
+    (report.events, report.intervals) = course.finish(all.finished_ns / 1_000_000);
+    if let Some(opening) = found.opening {
+        let ledger = Ledger::open(&all.ledgers)?;
+        let mut progress = |text: &str| observer.line(text);
         let books =
-            books::close(opening, &plan, &targets, &codes, &mut all.purchases, all.violations, &mut progress)
-                .await;
+            books::close(opening, &plan, &targets, &codes, &ledger, violations, &mut progress).await?;
         report.books = Some(books);
-    } else if all.violations.count() > 0 {
-        report.notes.push(format!("{} contradictions between answers", all.violations.count()));
+    } else if violations.count() > 0 {
+        report.notes.push(format!("{} contradictions between answers", violations.count()));
     }
+    report.generator.peak_rss_bytes = peak_rss_bytes();
     report.conclude();
     Ok(report)
 }
 
-/// Is there a target, does it have the sale, and does the admin token open its books?
-async fn preflight(scenario: &Scenario, targets: &[Target]) -> Result<Option<Opening>, Error> {
-    let Some(admin) = &scenario.admin else {
-        for target in targets {
-            let connect = client::Connection::connect(target);
-            tokio::time::timeout(PREFLIGHT_TIMEOUT, connect)
-                .await
-                .map_err(|_| Error::Unreachable(format!("cannot connect to {}", target.authority())))??;
-        }
-        return Ok(None);
-    };
-    let path = format!("/v1/sales/{}", scenario.sale);
-    let mut per_user_limit = None;
-    for target in targets {
-        let mut client = Client::new(target.clone(), PREFLIGHT_TIMEOUT);
-        let patience = Instant::now() + SALE_SHOWS_WITHIN;
-        let sale: serde_json::Value = loop {
-            match books::get_json(&mut client, &path, None).await {
-                Err(books::Error::Refused { status: 404, .. }) if Instant::now() < patience => {
-                    tokio::time::sleep(SALE_SHOWS_WITHIN / 20).await;
-                }
-                result => break result?,
-            }
-        };
-        per_user_limit = sale["per_user_limit"].as_u64().or(per_user_limit);
+/// Connections are descriptors: as many as the scenario wants, if the hard limit allows.
+fn raise_descriptor_limit(scenario: &Scenario) -> Result<(), Error> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let wanted = u64::from(scenario.connections) + DESCRIPTORS_SPARE;
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current.is_none_or(|current| current >= wanted) {
+        return Ok(());
     }
-    let mut access = Access::new(Target::resolve(&admin.url).await?, &admin.token, scenario.sale.clone());
-    let before = access.audit().await?;
-    Ok(Some(Opening {
-        access,
-        before,
-        per_user_limit,
-        shared_sale: scenario.shared_sale,
-        drain_timeout: scenario.drain_timeout,
-    }))
-}
-
-/// A secret that is not the target's would make a run of nothing but 401s, with books that balance.
-async fn check_token(plan: &Plan, targets: &[Target]) -> Result<(), Error> {
-    for target in targets {
-        let mut client = Client::new(target.clone(), PREFLIGHT_TIMEOUT);
-        let answer = client.get("/v1/route", Some(&plan.buyers.token(0))).await?;
-        if matches!(answer.status, 401 | 403) {
-            let text =
-                "does not take the buyers' tokens: --token-secret-file or --kid is not what it expects";
-            return Err(Error::Mismatch(format!("{} {text} ({})", target.authority(), answer.status)));
-        }
+    if limit.maximum.is_some_and(|maximum| maximum < wanted) {
+        return Err(Error::Mismatch(format!(
+            "{} connections need more descriptors than the limit (ulimit -Hn): {}",
+            scenario.connections,
+            limit.maximum.unwrap_or_default()
+        )));
     }
-    Ok(())
+    let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
+    setrlimit(Resource::Nofile, raised).map_err(|err| Error::Generator(err.into()))
 }
 
 async fn plan(
     scenario: &Scenario,
     targets: &[Target],
-    progress: &mut impl FnMut(&str),
+    coupons: &[(String, crate::plan::CouponTerms)],
+    observer: &mut impl Observer,
 ) -> Result<Plan, Error> {
-    let arrivals = u32::try_from(scenario.arrivals()).unwrap_or(u32::MAX);
-    let count = scenario.buyers.min(arrivals);
-    let lifetime = scenario.duration + 2 * scenario.timeout + scenario.drain_timeout;
-    let expires_at_s = jiff::Timestamp::now().as_second() + lifetime.as_secs() as i64 + TOKEN_SPARE_S;
+    let count = u64::from(scenario.buyers).min(scenario.arrivals().total());
     let (sender, mut signed) = mpsc::channel(16);
-    let (seed, prefix, kid) = (scenario.seed, scenario.uid_prefix.clone(), scenario.kid.clone());
-    let secret = scenario.secret.clone();
+    let (scenario, targets, coupons) = (scenario.clone(), targets.to_owned(), coupons.to_owned());
     let signing = tokio::task::spawn_blocking(move || {
-        let terms = TokenTerms { secret: &secret, kid: kid.as_deref(), expires_at_s };
-        Buyers::sign(seed, prefix.as_deref(), count, &terms, |done| {
+        Plan::new(&scenario, &targets, &coupons, |done| {
             // A line that nobody reads in time is left out.
             let _ = sender.try_send(done);
         })
     });
     while let Some(done) = signed.recv().await {
-        progress(&format!("signed {done} of {count} tokens"));
+        observer.line(&format!("signed {done} of {count} tokens"));
     }
-    let buyers = signing.await.map_err(io::Error::other)?;
-    let asked = Asked { sale: scenario.sale.to_string(), quantity: scenario.quantity };
-    Ok(Plan {
-        targets: targets.iter().map(|target| (target.addr(), PurchaseRequest::new(target, &asked))).collect(),
-        buyers,
-        asked,
-        rate: scenario.rate,
-        arrivals,
-        duration: scenario.duration,
-        workers: scenario.workers,
-        connections: (scenario.connections / scenario.workers) as usize,
-        timeout: scenario.timeout,
-        duplicates: scenario.duplicates,
-        second_purchases: scenario.second_purchases,
-        max_attempts: scenario.max_attempts,
-        honour_retry_after: scenario.honour_retry_after,
-        seed: scenario.seed,
-        interrupted: AtomicBool::new(false),
-    })
+    Ok(signing.await.map_err(io::Error::other)?)
 }
 
-/// Shows each second when all workers have told of it, until the last worker has ended.
-async fn watch(
-    scenario: &Scenario,
-    plan: &Plan,
-    mut receiver: mpsc::Receiver<Interval>,
-    progress: &mut impl FnMut(&str),
-    interrupt: impl Future<Output = ()>,
-) -> (Vec<IntervalReport>, bool) {
-    let mut interrupt = pin!(interrupt);
-    let mut interrupted = false;
-    let mut kept: Vec<IntervalReport> = Vec::new();
-    let mut open: Option<Interval> = None;
-    let mut close = |interval: Interval, progress: &mut dyn FnMut(&str)| {
-        progress(&line(scenario, &interval));
-        if kept.len() < INTERVALS_KEPT {
-            kept.push(IntervalReport::of(&interval));
+/// What is left of the scenario's sale, asked beside the load: two reads a second.
+struct Stock {
+    left: Arc<AtomicI64>,
+    reads: Arc<AtomicU64>,
+    watching: tokio::task::AbortHandle,
+}
+
+const STOCK_UNKNOWN: i64 = i64::MIN;
+
+impl Stock {
+    fn watch(target: &Target, scenario: &Scenario) -> Stock {
+        let (left, reads) = (Arc::new(AtomicI64::new(STOCK_UNKNOWN)), Arc::new(AtomicU64::new(0)));
+        let (seen, counted) = (Arc::clone(&left), Arc::clone(&reads));
+        let mut client = Client::new(target.clone(), PREFLIGHT_TIMEOUT);
+        let path = format!("/v1/sales/{}", scenario.sale);
+        let watching = tokio::spawn(async move {
+            loop {
+                counted.fetch_add(1, Ordering::Relaxed);
+                let sale = books::get_json::<serde_json::Value>(&mut client, &path, None).await;
+                let remaining = sale.ok().and_then(|sale| sale["remaining"].as_i64());
+                seen.store(remaining.unwrap_or(STOCK_UNKNOWN), Ordering::Relaxed);
+                tokio::time::sleep(STOCK_PAUSE).await;
+            }
+        });
+        Stock { left, reads, watching: watching.abort_handle() }
+    }
+
+    fn left(&self) -> Option<i64> {
+        Some(self.left.load(Ordering::Relaxed)).filter(|left| *left != STOCK_UNKNOWN)
+    }
+}
+
+impl Drop for Stock {
+    fn drop(&mut self) {
+        self.watching.abort();
+    }
+}
+
+/// The run's course: seconds put together from all generators, events, the stock.
+struct Course<'a> {
+    plan: &'a Plan,
+    stock: Option<Stock>,
+    series: Series,
+    open: BTreeMap<u64, (Interval, u32)>,
+    events: Vec<Event>,
+    interrupted: bool,
+}
+
+impl<'a> Course<'a> {
+    fn new(plan: &'a Plan, stock: Option<Stock>, quiet: bool) -> Course<'a> {
+        Course {
+            plan,
+            stock,
+            series: Series::new(!quiet),
+            open: BTreeMap::new(),
+            events: Vec::new(),
+            interrupted: false,
         }
-    };
-    loop {
-        tokio::select! {
-            next = receiver.recv() => match (next, open.take()) {
-                (None, last) => {
-                    if let Some(last) = last {
-                        close(last, progress);
-                    }
-                    return (kept, interrupted);
+    }
+
+    /// Until the last generator has ended.
+    async fn follow(
+        &mut self,
+        timeline: Timeline,
+        start: Instant,
+        generators: &mut Generators,
+        observer: &mut impl Observer,
+        interrupt: impl Future<Output = ()>,
+    ) {
+        let mut interrupt = pin!(interrupt);
+        let (told, mut happened) = mpsc::unbounded_channel();
+        let mut timeline = pin!(timeline.follow(start, told));
+        loop {
+            tokio::select! {
+                next = generators.next() => match next {
+                    Some(interval) => self.enter(interval, observer),
+                    None => break,
+                },
+                Some(event) = happened.recv() => self.note(event, observer),
+                () = &mut timeline => {}
+                () = &mut interrupt, if !self.interrupted => {
+                    self.interrupted = true;
+                    generators.interrupt();
+                    observer.line("interrupted: no more arrivals, checking the books for what was sent");
                 }
-                (Some(next), None) => open = Some(next),
-                (Some(next), Some(mut interval)) if next.second <= interval.second => {
-                    interval.merge(&next);
-                    open = Some(interval);
-                }
-                (Some(next), Some(interval)) => {
-                    close(interval, progress);
-                    open = Some(next);
-                }
-            },
-            () = &mut interrupt, if !interrupted => {
-                interrupted = true;
-                plan.interrupted.store(true, Ordering::Relaxed);
-                progress("interrupted: no more arrivals, checking the books for what was sent");
             }
         }
-    }
-}
-
-fn line(scenario: &Scenario, interval: &Interval) -> String {
-    format!(
-        "{:>4}s  rate {}/{:.0}  requests {}  accepted {}  replayed {}  refused {}  unknown {}  p99 {:.1} ms{}",
-        interval.second + 1,
-        interval.arrivals,
-        scenario.rate,
-        interval.requests,
-        interval.accepted,
-        interval.replayed,
-        interval.refused,
-        interval.unknown,
-        interval.latency_us.value_at_quantile(0.99) as f64 / 1000.0,
-        if interval.backlog > 0 { format!("  waiting {}", interval.backlog) } else { String::new() },
-    )
-}
-
-struct Merged {
-    purchases: Vec<Purchase>,
-    stats: Stats,
-    violations: Violations,
-    lag_us: hdrhistogram::Histogram<u64>,
-    usage: Vec<Usage>,
-    arrivals: u64,
-    sent: u64,
-    sent_in_time: u64,
-    last_sent_ns: u64,
-    retries_skipped: u64,
-    connected: u64,
-    connect_errors: u64,
-    connections_peak: u64,
-}
-
-impl Merged {
-    fn new() -> Merged {
-        Merged {
-            purchases: Vec::new(),
-            stats: Stats::new(),
-            violations: Violations::default(),
-            lag_us: histogram(3),
-            usage: Vec::new(),
-            arrivals: 0,
-            sent: 0,
-            sent_in_time: 0,
-            last_sent_ns: 0,
-            retries_skipped: 0,
-            connected: 0,
-            connect_errors: 0,
-            connections_peak: 0,
+        while let Ok(event) = happened.try_recv() {
+            self.note(event, observer);
+        }
+        while let Some((_, (interval, _))) = self.open.pop_first() {
+            self.close(&interval, observer);
         }
     }
 
-    fn add(&mut self, mut outcome: Outcome) {
-        if self.purchases.is_empty() {
-            self.purchases = outcome.purchases;
-        } else {
-            self.purchases.append(&mut outcome.purchases);
-        }
-        self.stats.merge(&outcome.stats);
-        self.violations.merge(outcome.violations);
-        add(&mut self.lag_us, &outcome.lag_us);
-        self.usage.push(outcome.usage);
-        self.arrivals += outcome.arrivals;
-        self.sent += outcome.sent;
-        self.sent_in_time += outcome.sent_in_time;
-        self.last_sent_ns = self.last_sent_ns.max(outcome.last_sent_ns);
-        self.retries_skipped += outcome.retries_skipped;
-        self.connected += outcome.connections.opened;
-        self.connect_errors += outcome.connections.errors;
-        self.connections_peak += outcome.connections.peak as u64;
+    fn note(&mut self, event: Event, observer: &mut impl Observer) {
+        let how = if event.ok { "done" } else { "FAILED" };
+        observer.line(&format!(
+            "at {:.1} s: {} {how} in {} ms",
+            event.at_ms as f64 / 1000.0,
+            event.name,
+            event.took_ms
+        ));
+        self.events.push(event);
     }
 
-    fn report(
-        &self,
-        scenario: &Scenario,
-        plan: &Plan,
-        codes: &Codes,
-        started_at: jiff::Timestamp,
-        interrupted: bool,
-        intervals: Vec<IntervalReport>,
-    ) -> Report {
-        let mut scenario = scenario.clone();
-        scenario.uid_prefix = Some(plan.buyers.prefix().to_owned());
-        let mut total = histogram(3);
-        let mut outcomes: Vec<_> = self
-            .stats
-            .codes()
-            .map(|(code, stats)| {
-                if stats.effect != "unsent" {
-                    add(&mut total, &stats.latency_us);
-                }
-                CodeReport {
-                    code: codes.name(code),
-                    effect: stats.effect,
-                    requests: stats.latency_us.len(),
-                    latency_us: Latency::of(&stats.latency_us),
-                }
-            })
-            .collect();
-        outcomes.sort_by_key(|outcome| std::cmp::Reverse(outcome.requests));
-        let by_reason = |reason: Reason| self.stats.by_reason[reason as usize];
-        let requests: u64 = self.stats.by_reason.iter().sum();
-        let count =
-            |holds: &dyn Fn(&Purchase) -> bool| self.purchases.iter().filter(|p| holds(p)).count() as u64;
-        let accepted = count(&|purchase| purchase.order().is_some());
-        let unknown = count(&|purchase| purchase.is_unknown());
-        let unsent = count(&|purchase| purchase.code() == Code::UNSENT);
-        let sent_in_time = share(self.sent_in_time, self.arrivals);
-        let reasons = selfcheck::verdict(&self.usage, sent_in_time, &self.lag_us, scenario.max_lag_ms);
-        // n arrivals span n - 1 intervals; the last one's own interval belongs to it.
-        let span_s = (self.last_sent_ns as f64 / 1e9 + 1.0 / scenario.rate).max(1e-9);
-        let cpu_s: f64 = self.usage.iter().map(|usage| usage.cpu_s).sum();
-        Report {
-            schema: SCHEMA,
-            schema_version: SCHEMA_VERSION,
-            result: Ending::Pass,
-            exit_code: 0,
-            notes: Vec::new(),
-            started_at: started_at.to_string(),
-            interrupted,
-            environment: Environment::here(),
-            offered: Offered {
-                rate_asked: scenario.rate,
-                rate_achieved: self.sent as f64 / span_s,
-                arrivals: self.arrivals,
-                arrivals_sent: self.sent,
-                unsent: self.arrivals - self.sent,
-                requests,
-                duplicates: by_reason(Reason::Duplicate),
-                second_purchases: by_reason(Reason::Second),
-                retries: by_reason(Reason::Retry),
-                retries_skipped: self.retries_skipped,
-            },
-            outcomes,
-            latency_us: Latency::of(&total),
-            accepted_after_us: Latency::of(&self.stats.accepted_after_us),
-            purchases: Purchases {
-                total: self.purchases.len() as u64,
-                accepted,
-                refused: self.purchases.len() as u64 - accepted - unknown - unsent,
-                unknown,
-            },
-            generator: Generator {
-                valid: reasons.is_empty(),
-                reasons,
-                lag_us: Latency::of(&self.lag_us),
-                sent_in_time,
-                cpu_us_per_request: if requests == 0 { 0.0 } else { cpu_s * 1e6 / requests as f64 },
-                workers: self
-                    .usage
-                    .iter()
-                    .map(|usage| WorkerReport { usage: *usage, busy: usage.busy() })
-                    .collect(),
-                connections_opened: self.connected,
-                connections_peak: self.connections_peak,
-                connect_errors: self.connect_errors,
-            },
-            books: None,
-            intervals,
-            scenario,
+    /// A second is closed when everybody has told of it, or somebody of the second after the next.
+    fn enter(&mut self, interval: Interval, observer: &mut impl Observer) {
+        let second = interval.second;
+        match self.open.get_mut(&second) {
+            Some((sum, count)) => {
+                sum.merge(&interval);
+                *count += 1;
+            }
+            None => {
+                self.open.insert(second, (interval, 1));
+            }
         }
+        while let Some(first) = self.open.first_entry() {
+            let whole = first.get().1 >= self.plan.workers;
+            if !whole && *first.key() + 2 > second {
+                break;
+            }
+            let interval = first.remove().0;
+            self.close(&interval, observer);
+        }
+    }
+
+    fn close(&mut self, interval: &Interval, observer: &mut impl Observer) {
+        let stock = self.stock.as_ref().and_then(Stock::left);
+        observer.second(&Moment {
+            interval,
+            rate_asked: self.plan.arrivals.rate_at(interval.second * 1_000_000_000 + 500_000_000),
+            stock,
+            seconds: self.plan.arrivals.end_ns() as f64 / 1e9,
+        });
+        self.series.add(interval, stock);
+    }
+
+    fn stock_reads(&self) -> u64 {
+        self.stock.as_ref().map_or(0, |stock| stock.reads.load(Ordering::Relaxed))
+    }
+
+    /// Events with what they did, and the stretches of time.
+    fn finish(self, finished_ms: u64) -> (Vec<Event>, Vec<crate::report::IntervalReport>) {
+        let mut events = self.events;
+        let end_ms = (self.plan.arrivals.end_ns() / 1_000_000).min(finished_ms);
+        let pulses = self.series.pulses();
+        let times: Vec<u64> = events.iter().map(|event| event.at_ms).collect();
+        for (at, event) in events.iter_mut().enumerate() {
+            let until = times.get(at + 1).copied().unwrap_or(end_ms).max(event.at_ms);
+            event.impact = (!pulses.is_empty()).then(|| impact(pulses, event.at_ms, until));
+        }
+        (events, self.series.into_reports())
+    }
+}
+
+fn outcomes(stats: &Stats, codes: &Codes) -> Vec<CodeReport> {
+    let mut outcomes: Vec<_> = stats
+        .codes()
+        .map(|(op, code, stats)| {
+            let report = CodeReport {
+                operation: op.name().to_owned(),
+                code: codes.name(code),
+                effect: stats.effect.to_owned(),
+                failed: stats.failed,
+                requests: stats.latency_us.len(),
+                latency_us: Latency::of(&stats.latency_us),
+            };
+            (op, report)
+        })
+        .collect();
+    outcomes.sort_by_key(|(op, outcome)| (*op, std::cmp::Reverse(outcome.requests)));
+    outcomes.into_iter().map(|(_, outcome)| outcome).collect()
+}
+
+fn assemble(scenario: &Scenario, plan: &Plan, codes: &Codes, all: &Part, environment: Environment) -> Report {
+    let mut scenario = scenario.clone();
+    scenario.uid_prefix = Some(plan.buyers.prefix().to_owned());
+    let mut total = histogram(3);
+    for (_, _, stats) in all.stats.codes().filter(|(.., stats)| stats.effect != "unsent") {
+        add(&mut total, &stats.latency_us);
+    }
+    let by_reason = |reason: Reason| all.stats.by_reason[reason as usize];
+    let requests = all.stats.requests();
+    let sent_in_time = share(all.sent_in_time, all.arrivals);
+    let reasons = selfcheck::verdict(&all.usage, sent_in_time, &all.lag_us, scenario.max_lag_ms);
+    let rate_asked = plan.arrivals.mean_rate();
+    // n arrivals span n - 1 intervals; the last one's own interval belongs to it.
+    let span_s = (all.last_sent_ns as f64 / 1e9 + 1.0 / rate_asked.max(1e-9)).max(1e-9);
+    let span_s = if all.arrivals == plan.arrivals.total() {
+        span_s.max((plan.arrivals.end_ns() as f64 / 1e9).min(all.arrivals as f64 / rate_asked.max(1e-9)))
+    } else {
+        span_s
+    };
+    let cpu_s: f64 = all.usage.iter().map(|usage| usage.cpu_s).sum();
+    let all_requests = requests + all.warmup.requests();
+    Report {
+        schema: SCHEMA.into(),
+        schema_version: SCHEMA_VERSION,
+        result: Ending::Pass,
+        exit_code: 0,
+        notes: Vec::new(),
+        started_at: String::new(),
+        interrupted: false,
+        environment,
+        offered: Offered {
+            rate_asked,
+            rate_achieved: all.sent as f64 / span_s,
+            arrivals: all.arrivals,
+            arrivals_sent: all.sent,
+            unsent: all.arrivals - all.sent,
+            requests,
+            duplicates: by_reason(Reason::Duplicate),
+            second_purchases: by_reason(Reason::Second),
+            retries: by_reason(Reason::Retry),
+            journey: by_reason(Reason::Journey),
+            retries_skipped: all.retries_skipped,
+            skew_us: Latency::of(&all.skew_us),
+        },
+        outcomes: outcomes(&all.stats, codes),
+        warmup: outcomes(&all.warmup, codes),
+        latency_us: Latency::of(&total),
+        accepted_after_us: Latency::of(&all.stats.accepted_after_us),
+        purchases: all.purchases,
+        generator: Generator {
+            valid: reasons.is_empty(),
+            reasons,
+            lag_us: Latency::of(&all.lag_us),
+            sent_in_time,
+            cpu_us_per_request: if all_requests == 0 { 0.0 } else { cpu_s * 1e6 / all_requests as f64 },
+            workers: all
+                .usage
+                .iter()
+                .map(|usage: &Usage| WorkerReport { usage: *usage, busy: usage.busy() })
+                .collect(),
+            processes: scenario.processes,
+            connections_opened: all.connections.opened,
+            connections_peak: all.connections.peak as u64,
+            connect_errors: all.connections.errors,
+            peak_rss_bytes: 0,
+            stock_reads: 0,
+        },
+        books: None,
+        events: Vec::new(),
+        thresholds: Vec::new(),
+        intervals: Vec::new(),
+        scenario,
     }
 }
 

@@ -1,8 +1,11 @@
-//! When what is sent: arrivals at a constant rate, computed and not stored, and a heap of what follows from
-//! them (second clicks, second purchases, retries).
+//! When what is sent: arrivals, computed and not stored ([`crate::arrivals`]), and a heap of what follows from
+//! them (second clicks, second purchases, retries, and the steps of a buyer's journey).
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
+
+use crate::arrivals::Arrivals;
+use crate::outcome::Op;
 
 /// Follow-ups that may wait in one worker (32 bytes each); beyond it they are left out and counted.
 pub const FOLLOW_UPS_MAX: usize = 1_000_000;
@@ -18,11 +21,18 @@ pub enum Reason {
     Second,
     /// After a retryable answer or none.
     Retry,
+    /// The next step of the buyer's journey: a look, the click after thinking, a look at the order, a payment.
+    Journey,
 }
 
-/// Which purchase of a worker.
+impl Reason {
+    /// How many there are.
+    pub const COUNT: usize = 5;
+}
+
+/// Which live purchase of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct PurchaseIndex(pub u32);
+pub struct LiveIndex(pub u32);
 
 /// A request that is to be sent. Ordered by its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -32,9 +42,11 @@ pub struct Due {
     /// The intended time of the purchase's first request.
     pub first_ns: u64,
     /// The purchase.
-    pub purchase: PurchaseIndex,
+    pub live: LiveIndex,
     /// The number of this attempt, from 1.
     pub attempt: u16,
+    /// What.
+    pub op: Op,
     /// Why.
     pub reason: Reason,
 }
@@ -42,10 +54,10 @@ pub struct Due {
 /// The next thing that is due.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Next {
-    /// The worker's `n`-th arrival.
+    /// An arrival.
     Arrival {
-        /// Which, counted within the worker.
-        n: u32,
+        /// Its number among all of the run.
+        n: u64,
         /// The intended send time.
         at_ns: u64,
     },
@@ -55,77 +67,83 @@ pub enum Next {
 
 /// The schedule of one worker: every `workers`-th arrival is its own.
 pub struct Schedule {
-    interval_ns: f64,
-    worker: u32,
-    workers: u32,
-    total: u32,
-    next: u32,
-    noticed: u32,
+    arrivals: Arrivals,
+    worker: u64,
+    workers: u64,
+    total: u64,
+    next: u64,
+    /// When the next arrival is due, kept because it is asked for all the time.
+    next_at_ns: Option<u64>,
+    noticed: u64,
     follow_ups: BinaryHeap<Reverse<Due>>,
 }
 
 impl Schedule {
-    /// `arrivals` at `rate` per second, all workers together.
-    pub fn new(rate: f64, arrivals: u32, worker: u32, workers: u32) -> Schedule {
-        let total = (arrivals + workers - 1 - worker) / workers;
-        Schedule {
-            interval_ns: 1e9 / rate,
+    /// The share of one worker.
+    pub fn new(arrivals: Arrivals, worker: u32, workers: u32) -> Schedule {
+        let (worker, workers) = (u64::from(worker), u64::from(workers));
+        let total = (arrivals.total() + workers - 1 - worker) / workers;
+        let mut schedule = Schedule {
+            arrivals,
             worker,
             workers,
             total,
             next: 0,
+            next_at_ns: None,
             noticed: 0,
             follow_ups: BinaryHeap::new(),
-        }
+        };
+        schedule.next_at_ns = schedule.upcoming();
+        schedule
     }
 
     /// Arrivals of this worker.
-    pub fn total(&self) -> u32 {
+    pub fn total(&self) -> u64 {
         self.total
     }
 
-    /// Arrivals already taken.
-    pub fn taken(&self) -> u32 {
-        self.next
-    }
-
-    /// The number of the worker's `n`-th arrival among all of the run.
-    pub fn global(&self, n: u32) -> u32 {
+    fn global(&self, n: u64) -> u64 {
         n * self.workers + self.worker
     }
 
-    /// The intended time of the worker's `n`-th arrival.
-    pub fn arrival_ns(&self, n: u32) -> u64 {
-        (f64::from(self.global(n)) * self.interval_ns) as u64
+    fn arrival_ns(&self, n: u64) -> u64 {
+        self.arrivals.at_ns(self.global(n))
+    }
+
+    fn upcoming(&self) -> Option<u64> {
+        (self.next < self.total).then(|| self.arrival_ns(self.next))
     }
 
     /// Arrivals that came due since the last call: how many, and the time of the oldest.
-    pub fn notice(&mut self, now_ns: u64) -> Option<(u32, u64)> {
+    pub fn notice(&mut self, now_ns: u64) -> Option<(u64, u64)> {
         if self.noticed == self.total {
             return None;
         }
-        let oldest = self.arrival_ns(self.noticed);
+        // Where nothing waits the next arrival is the oldest, and its time is known.
+        let oldest = match self.next_at_ns {
+            Some(at) if self.noticed == self.next => at,
+            _ => self.arrival_ns(self.noticed),
+        };
         if oldest > now_ns {
             return None;
         }
-        let passed = (now_ns as f64 / self.interval_ns) as u64;
-        let due = passed.saturating_sub(u64::from(self.worker)) / u64::from(self.workers) + 1;
-        let due = u32::try_from(due).unwrap_or(u32::MAX).clamp(self.noticed + 1, self.total);
+        let passed = self.arrivals.due(now_ns);
+        let due = if passed > self.worker { (passed - self.worker - 1) / self.workers + 1 } else { 0 };
+        let due = due.clamp(self.noticed + 1, self.total);
         let count = due - self.noticed;
         self.noticed = due;
         Some((count, oldest))
     }
 
     /// Arrivals that are due and not taken.
-    pub fn backlog(&self) -> u32 {
-        self.noticed - self.next
+    pub fn backlog(&self) -> u64 {
+        self.noticed.saturating_sub(self.next)
     }
 
     /// When the next request is due.
     pub fn next_ns(&self) -> Option<u64> {
-        let arrival = (self.next < self.total).then(|| self.arrival_ns(self.next));
         let follow_up = self.follow_ups.peek().map(|Reverse(due)| due.at_ns);
-        match (arrival, follow_up) {
+        match (self.next_at_ns, follow_up) {
             (Some(arrival), Some(follow_up)) => Some(arrival.min(follow_up)),
             (arrival, follow_up) => arrival.or(follow_up),
         }
@@ -133,15 +151,16 @@ impl Schedule {
 
     /// Takes what is due at `now_ns`, oldest first.
     pub fn take(&mut self, now_ns: u64) -> Option<Next> {
-        let arrival = (self.next < self.total).then(|| self.arrival_ns(self.next));
+        let arrival = self.next_at_ns;
         let follow_up = self.follow_ups.peek().map(|Reverse(due)| due.at_ns);
         match (arrival, follow_up) {
             (_, Some(at)) if at <= now_ns && arrival.is_none_or(|arrival| at <= arrival) => {
                 self.follow_ups.pop().map(|Reverse(due)| Next::FollowUp(due))
             }
             (Some(at_ns), _) if at_ns <= now_ns => {
-                let n = self.next;
+                let n = self.global(self.next);
                 self.next += 1;
+                self.next_at_ns = self.upcoming();
                 Some(Next::Arrival { n, at_ns })
             }
             _ => None,
@@ -162,9 +181,15 @@ impl Schedule {
         self.next == self.total && self.follow_ups.is_empty()
     }
 
+    /// Every arrival has been taken.
+    pub fn arrivals_over(&self) -> bool {
+        self.next == self.total
+    }
+
     /// No more arrivals from now on.
     pub fn stop_arrivals(&mut self) {
         self.total = self.total.min(self.noticed.max(self.next));
+        self.next_at_ns = self.upcoming();
     }
 
     /// Gives up on what has not been sent: the intended times of the arrivals among it.
@@ -173,35 +198,44 @@ impl Schedule {
         let left = self.next..self.total;
         self.total = self.next;
         self.noticed = self.next;
-        let (interval, workers, worker) = (self.interval_ns, self.workers, self.worker);
-        left.map(move |n| (f64::from(n * workers + worker) * interval) as u64)
+        self.next_at_ns = None;
+        left.map(|n| self.arrival_ns(n))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::arrivals::Stage;
+
+    fn constant(rate: f64, arrivals: u64) -> Arrivals {
+        Arrivals::new(&[Stage::constant(rate, Duration::from_secs_f64(arrivals as f64 / rate))])
+    }
 
     fn follow_up(at_ns: u64) -> Due {
-        Due { at_ns, first_ns: 0, purchase: PurchaseIndex(0), attempt: 1, reason: Reason::Duplicate }
+        let (op, reason) = (Op::Purchase, Reason::Duplicate);
+        Due { at_ns, first_ns: 0, live: LiveIndex(0), attempt: 1, op, reason }
     }
 
     #[test]
     fn workers_share_the_arrivals_without_gap_or_overlap() {
-        let mut times = Vec::new();
+        let mut numbers = Vec::new();
         for worker in 0..3 {
-            let mut schedule = Schedule::new(1000.0, 10, worker, 3);
-            while let Some(Next::Arrival { at_ns, .. }) = schedule.take(u64::MAX) {
-                times.push(at_ns / 1_000_000);
+            let mut schedule = Schedule::new(constant(1000.0, 10), worker, 3);
+            while let Some(Next::Arrival { n, at_ns }) = schedule.take(u64::MAX) {
+                assert_eq!(at_ns / 1_000_000, n);
+                numbers.push(n);
             }
         }
-        times.sort_unstable();
-        assert_eq!(times, (0..10).collect::<Vec<_>>());
+        numbers.sort_unstable();
+        assert_eq!(numbers, (0..10).collect::<Vec<_>>());
     }
 
     #[test]
     fn the_oldest_goes_first_and_nothing_before_its_time() {
-        let mut schedule = Schedule::new(1000.0, 3, 0, 1);
+        let mut schedule = Schedule::new(constant(1000.0, 3), 0, 1);
         schedule.follow_up(follow_up(1_500_000));
         assert_eq!(schedule.take(0), Some(Next::Arrival { n: 0, at_ns: 0 }));
         assert_eq!(schedule.take(999_999), None);
@@ -215,7 +249,7 @@ mod tests {
     fn each_arrival_is_noticed_once() {
         for workers in 1..4 {
             for worker in 0..workers {
-                let mut schedule = Schedule::new(1000.0, 100, worker, workers);
+                let mut schedule = Schedule::new(constant(1000.0, 100), worker, workers);
                 let mut noticed = 0;
                 for step in 0..300u64 {
                     if let Some((count, oldest)) = schedule.notice(step * 700_000) {
@@ -230,7 +264,7 @@ mod tests {
 
     #[test]
     fn waiting_follow_ups_are_bounded() {
-        let mut schedule = Schedule::new(1.0, 1, 0, 1);
+        let mut schedule = Schedule::new(constant(1.0, 1), 0, 1);
         assert!((0..FOLLOW_UPS_MAX as u64).all(|at| schedule.follow_up(follow_up(at))));
         assert!(!schedule.follow_up(follow_up(0)));
     }

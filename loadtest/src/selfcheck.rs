@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use hdrhistogram::Histogram;
 use rustix::time::{ClockId, clock_gettime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// A worker this busy has no time left to be punctual.
 pub const BUSY_MAX: f64 = 0.95;
@@ -49,7 +49,7 @@ impl Mark {
 }
 
 /// What a worker's thread used while it was sending.
-#[derive(Debug, Clone, Copy, Default, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
 pub struct Usage {
     /// Seconds that passed.
     pub wall_s: f64,

@@ -22,7 +22,7 @@ impl Display for Report {
         )?;
         writeln!(
             f,
-            "offered   {} arrivals at {:.0}/s (asked {:.0}/s), {} unsent; {} requests: {} duplicates, {} second purchases, {} retries",
+            "offered   {} arrivals at {:.0}/s (asked {:.0}/s), {} unsent; {} requests: {} duplicates, {} second purchases, {} retries, {} later steps; send skew p50 {} ms, p99 {} ms",
             offered.arrivals,
             offered.rate_achieved,
             offered.rate_asked,
@@ -31,10 +31,13 @@ impl Display for Report {
             offered.duplicates,
             offered.second_purchases,
             offered.retries,
+            offered.journey,
+            ms(offered.skew_us.p50),
+            ms(offered.skew_us.p99),
         )?;
         writeln!(
             f,
-            "generator {:.1} µs CPU per request, lag p99 {} ms, busy {}, {} connections (peak)",
+            "generator {:.1} µs CPU per request, lag p99 {} ms, busy {}, {} connections (peak), {} MB of memory (peak)",
             generator.cpu_us_per_request,
             ms(generator.lag_us.p99),
             generator
@@ -44,13 +47,22 @@ impl Display for Report {
                 .collect::<Vec<_>>()
                 .join(" "),
             generator.connections_peak,
+            generator.peak_rss_bytes >> 20,
         )?;
+        let warm: u64 = self.warmup.iter().map(|outcome| outcome.requests).sum();
+        if warm > 0 {
+            writeln!(f, "warm-up   {warm} requests, not in the figures below")?;
+        }
         writeln!(f, "\n{:<24} {:<9} {:>10}{}", "outcome", "effect", "requests", LATENCY_HEAD)?;
         for outcome in &self.outcomes {
+            let name = if outcome.operation == "purchase" {
+                outcome.code.clone()
+            } else {
+                format!("{} {}", outcome.operation, outcome.code)
+            };
             writeln!(
                 f,
-                "{:<24} {:<9} {:>10}{}",
-                outcome.code,
+                "{name:<24} {:<9} {:>10}{}",
                 outcome.effect,
                 outcome.requests,
                 columns(&outcome.latency_us)
@@ -65,7 +77,17 @@ impl Display for Report {
             self.accepted_after_us.count,
             columns(&self.accepted_after_us)
         )?;
+        self.events(f)?;
         self.books(f)?;
+        if !self.thresholds.is_empty() {
+            writeln!(f)?;
+        }
+        for judged in &self.thresholds {
+            let measured =
+                judged.measured.map_or_else(|| "nothing".to_owned(), |value| format!("{value:.3}"));
+            let ok = if judged.ok { "ok" } else { "FAIL" };
+            writeln!(f, "  {ok:<4} {:<34} measured {measured}", judged.threshold)?;
+        }
         writeln!(f)?;
         for note in &self.notes {
             writeln!(f, "note: {note}")?;
@@ -73,6 +95,7 @@ impl Display for Report {
         let text = match self.result {
             Result::Pass if self.books.is_some() => "PASS: the books balance",
             Result::Pass => "PASS: the generator kept up (books not checked)",
+            Result::ThresholdMissed => "FAIL: a threshold does not hold",
             Result::BooksUnbalanced => "FAIL: the books do not balance",
             Result::Invalid => {
                 "INVALID: the generator could not keep the rate, the figures say nothing about the target"
@@ -84,6 +107,25 @@ impl Display for Report {
 }
 
 impl Report {
+    fn events(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        for event in &self.events {
+            let at = event.at_ms as f64 / 1000.0;
+            let ok = if event.ok { "" } else { " FAILED" };
+            write!(f, "\nevent     {at:.1} s: {}{ok} ({} ms)", event.name, event.took_ms)?;
+            if let Some(impact) = &event.impact {
+                let recovery = impact
+                    .recovery_ms
+                    .map_or_else(|| "not recovered".to_owned(), |ms| format!("recovered after {ms} ms"));
+                write!(
+                    f,
+                    ": held {} ms, {recovery}, {} errors within {} ms",
+                    impact.held_ms, impact.errors, impact.error_window_ms
+                )?;
+            }
+        }
+        if self.events.is_empty() { Ok(()) } else { writeln!(f) }
+    }
+
     fn books(&self, f: &mut Formatter<'_>) -> fmt::Result {
         let Some(books) = &self.books else { return Ok(()) };
         writeln!(
@@ -97,11 +139,19 @@ impl Report {
             books.unknown_unresolved,
             books.drain_ms as f64 / 1000.0,
         )?;
-        if let Some(after) = &books.after {
+        for sale in &books.sales {
+            let Some(after) = &sale.after else { continue };
             writeln!(
                 f,
-                "ledger    total {} = remaining {} + claimed {}; {} released, {} in flight",
-                after.total, after.remaining, after.claimed, after.released, after.in_flight
+                "ledger    {}: total {} = remaining {} + claimed {}; {} released, {} in flight",
+                sale.sale_id, after.total, after.remaining, after.claimed, after.released, after.in_flight
+            )?;
+        }
+        if books.payments + books.cancellations > 0 {
+            writeln!(
+                f,
+                "orders    {} paid, {} cancelled by their buyers",
+                books.payments, books.cancellations
             )?;
         }
         for check in &books.checks {

@@ -2,20 +2,23 @@
 //! others while it runs. A request costs it a write, a read and its share of an `epoll_wait`.
 
 use std::io;
-use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 use tokio::sync::mpsc;
 
-use crate::buyers::{Buyers, chance, mix};
-use crate::connections::{Connections, Events, Flight, Tally};
-use crate::outcome::{Asked, Codes, Effect, Verdict, judge};
-use crate::record::{Contradiction, Purchase, Violation, Violations};
-use crate::request::PurchaseRequest;
-use crate::schedule::{Due, Next, PurchaseIndex, Reason, Schedule};
+use crate::connections::{Connections, Events, Flight};
+use crate::impact::PULSES_PER_SECOND;
+use crate::journey::Lives;
+use crate::ledger_file::LedgerWriter;
+use crate::outcome::{Codes, Op, Verdict, judge};
+use crate::part::Part;
+use crate::plan::{Gate, Plan};
+use crate::record::Violations;
+use crate::schedule::{Due, Next, Reason, Schedule};
 use crate::selfcheck::{Mark, Usage};
 use crate::stats::{Interval, Stats, histogram};
 
@@ -23,130 +26,68 @@ use crate::stats::{Interval, Stats, histogram};
 const SWEEP_NS: u64 = 20_000_000;
 /// Sleeps are not shorter than this: at high rates a wake-up then serves several arrivals.
 const NAP_MIN_NS: u64 = 20_000;
-const SECOND_NS: u64 = 1_000_000_000;
-/// Half of the duplicates are sent at once, the others within this time.
-const DUPLICATE_DELAY_NS: f64 = 100e6;
-/// Second purchases follow within this time.
-const SECOND_PURCHASE_DELAY_NS: f64 = 500e6;
-/// The first retry waits up to this long, each later one twice as long.
-const BACKOFF_NS: u64 = 50_000_000;
-/// Marks a [`PurchaseIndex`] as one of the second purchases.
-const SECOND_BIT: u32 = 1 << 31;
-
-/// What all workers of a run have in common.
-pub struct Plan {
-    /// Addresses of the targets, each with its request.
-    pub targets: Vec<(SocketAddr, PurchaseRequest)>,
-    /// Who buys.
-    pub buyers: Buyers,
-    /// What they buy.
-    pub asked: Asked,
-    /// Arrivals per second, all workers together.
-    pub rate: f64,
-    /// Arrivals of the run.
-    pub arrivals: u32,
-    /// For how long arrivals come.
-    pub duration: Duration,
-    /// Workers.
-    pub workers: u32,
-    /// Connections of each worker.
-    pub connections: usize,
-    /// How long an answer may take after its request was sent.
-    pub timeout: Duration,
-    /// The share of arrivals that click twice.
-    pub duplicates: f64,
-    /// The share of arrivals that buy again under a new key.
-    pub second_purchases: f64,
-    /// Requests per purchase while the load runs, the first included.
-    pub max_attempts: u16,
-    /// `Retry-After` is honoured.
-    pub honour_retry_after: bool,
-    /// The seed of every choice.
-    pub seed: u64,
-    /// Set from outside to end the arrivals early.
-    pub interrupted: AtomicBool,
-}
-
-/// What a worker hands back.
-pub struct Outcome {
-    /// Purchases, the second ones last.
-    pub purchases: Vec<Purchase>,
-    /// Counts and latencies.
-    pub stats: Stats,
-    /// Contradictions between answers.
-    pub violations: Violations,
-    /// How late arrivals were noticed, in microseconds.
-    pub lag_us: Histogram<u64>,
-    /// What the thread used while sending.
-    pub usage: Usage,
-    /// Arrivals that came due.
-    pub arrivals: u64,
-    /// Of those, sent within the duration.
-    pub sent_in_time: u64,
-    /// Of those, sent at all.
-    pub sent: u64,
-    /// When the last of them was sent, nanoseconds after the start.
-    pub last_sent_ns: u64,
-    /// Retries left out: too late, or too many waiting.
-    pub retries_skipped: u64,
-    /// Connections opened, failed, and the most open at once.
-    pub connections: Tally,
-}
+/// Connections that are to be warm are open after this long, or the load begins with those that are.
+const WARM_WITHIN: Duration = Duration::from_secs(10);
+pub(crate) const SECOND_NS: u64 = 1_000_000_000;
+const PULSE_NS: u64 = SECOND_NS / PULSES_PER_SECOND as u64;
 
 /// One worker; [`Worker::run`] is its thread.
 pub struct Worker {
-    plan: Arc<Plan>,
-    codes: Codes,
-    schedule: Schedule,
-    connections: Connections,
+    pub(crate) plan: Arc<Plan>,
+    pub(crate) codes: Codes,
+    pub(crate) schedule: Schedule,
+    pub(crate) connections: Connections,
+    pub(crate) lives: Lives,
+    ledger: LedgerWriter,
+    /// The first error of the ledger file: without it there are no books.
+    ledger_failed: Option<io::Error>,
     start: Instant,
-    now_ns: u64,
-    stop_ns: u64,
+    pub(crate) now_ns: u64,
+    pub(crate) stop_ns: u64,
     scratch: Vec<u8>,
-    first_purchases: Vec<Purchase>,
-    second_purchases: Vec<Purchase>,
-    stats: Stats,
-    violations: Violations,
+    pub(crate) stats: Stats,
+    pub(crate) warmup: Stats,
+    pub(crate) violations: Violations,
     lag_us: Histogram<u64>,
-    interval: Interval,
+    skew_us: Histogram<u64>,
+    pub(crate) interval: Interval,
     intervals: mpsc::Sender<Interval>,
-    sent: u64,
-    abandoned: u64,
-    last_sent_ns: u64,
-    retries_skipped: u64,
+    pub(crate) part: Part,
+    pub(crate) retries_skipped: u64,
 }
 
 impl Worker {
-    /// Worker `number` of a plan, which starts at `start`; each second's counts go to `intervals`.
+    /// Worker `number` of a plan, whose record goes to `folder`; each second's counts go to `intervals`.
     pub fn new(
         plan: Arc<Plan>,
         number: u32,
         codes: Codes,
-        start: Instant,
+        folder: &Path,
         intervals: mpsc::Sender<Interval>,
     ) -> io::Result<Worker> {
-        let schedule = Schedule::new(plan.rate, plan.arrivals, number, plan.workers);
-        let share = schedule.total() as usize;
-        // A little more than expected: growing would copy, in the middle of the load.
-        let seconds = (share as f64 * plan.second_purchases * 1.1) as usize + 64;
+        let schedule = Schedule::new(plan.arrivals.clone(), number, plan.workers);
         let addrs = plan.targets.iter().map(|(addr, _)| *addr).collect();
+        let (ledger, path) = LedgerWriter::create(folder, number)?;
+        let mut part = Part::new();
+        part.ledgers.push(path);
         Ok(Worker {
             codes,
             connections: Connections::new(addrs, number as usize, plan.connections)?,
-            start,
+            lives: Lives::default(),
+            ledger,
+            ledger_failed: None,
+            start: Instant::now(),
             now_ns: 0,
-            stop_ns: nanos(plan.duration + plan.timeout),
+            stop_ns: plan.arrivals.end_ns().saturating_add(nanos(plan.timeout)),
             scratch: Vec::with_capacity(1024),
-            first_purchases: Vec::with_capacity(share + seconds),
-            second_purchases: Vec::with_capacity(seconds),
             stats: Stats::new(),
+            warmup: Stats::new(),
             violations: Violations::default(),
             lag_us: histogram(3),
+            skew_us: histogram(3),
             interval: Interval::new(0),
             intervals,
-            sent: 0,
-            abandoned: 0,
-            last_sent_ns: 0,
+            part,
             retries_skipped: 0,
             schedule,
             plan,
@@ -154,21 +95,25 @@ impl Worker {
     }
 
     /// Runs the worker's share to its end: every request sent has an outcome.
-    pub fn run(mut self) -> io::Result<Outcome> {
+    pub fn run(mut self, gate: &Gate) -> io::Result<Part> {
         // The default slack of 50 µs would be added to every sleep. Without the right to change it the
         // sleeps are a little less exact, nothing else.
         let _ = rustix::thread::set_current_timer_slack(std::num::NonZeroU64::new(1));
+        let mut events = Events::new();
+        if self.plan.warm_connections {
+            self.warm(&mut events)?;
+        }
+        self.start = gate.wait();
         std::thread::sleep(self.start.saturating_duration_since(Instant::now()));
         let mark = Mark::now();
-        let duration_ns = nanos(self.plan.duration);
+        let end_ns = self.plan.arrivals.end_ns();
         let mut sending: Option<(Usage, u64)> = None;
-        let mut events = Events::new();
         let mut next_sweep_ns = SWEEP_NS;
         loop {
             self.tick();
             self.dispatch();
-            if sending.is_none() && (self.now_ns >= duration_ns || self.schedule.is_empty()) {
-                sending = Some((mark.elapsed(), self.sent));
+            if sending.is_none() && self.now_ns >= end_ns && (end_ns > 0 || self.schedule.arrivals_over()) {
+                sending = Some((mark.elapsed(), self.part.sent));
             }
             if self.now_ns >= (self.interval.second + 1) * SECOND_NS {
                 self.publish_interval();
@@ -184,8 +129,10 @@ impl Worker {
             let nap_ns = if nap_ns == 0 { 0 } else { nap_ns.max(NAP_MIN_NS) };
             self.connections.wait(nap_ns, &mut events)?;
             for event in events.iter() {
-                let (asked, codes) = (&self.plan.asked, &mut self.codes);
-                let ended = self.connections.handle(event, self.now_ns, |answer| judge(answer, asked, codes));
+                let (plan, codes) = (&self.plan, &mut self.codes);
+                let ended = self.connections.handle(event, self.now_ns, |flight, answer| {
+                    judge(flight.due.op, answer, plan.asked(flight.item), codes)
+                });
                 if let Some((flight, verdict)) = ended {
                     self.complete(&flight, &verdict);
                 }
@@ -193,29 +140,55 @@ impl Worker {
             }
         }
         self.publish_interval();
-        let (usage, sent_in_time) = sending.unwrap_or_else(|| (mark.elapsed(), self.sent));
-        let mut purchases = self.first_purchases;
-        purchases.append(&mut self.second_purchases);
-        Ok(Outcome {
-            purchases,
-            stats: self.stats,
-            violations: self.violations,
-            lag_us: self.lag_us,
-            usage,
-            arrivals: self.sent + self.abandoned,
-            sent_in_time,
-            sent: self.sent,
-            last_sent_ns: self.last_sent_ns,
-            retries_skipped: self.retries_skipped,
-            connections: self.connections.tally(),
-        })
+        let (usage, sent_in_time) = sending.unwrap_or_else(|| (mark.elapsed(), self.part.sent));
+        let leftover: Vec<_> = self.lives.drain().collect();
+        for purchase in leftover {
+            self.retire(&purchase);
+        }
+        self.ledger.finish()?;
+        if let Some(err) = self.ledger_failed {
+            return Err(err);
+        }
+        let mut part = self.part;
+        part.stats = self.stats;
+        part.warmup = self.warmup;
+        part.violations = self.violations;
+        part.lag_us = self.lag_us;
+        part.skew_us = self.skew_us;
+        part.usage.push(usage);
+        part.sent_in_time = sent_in_time;
+        part.arrivals += part.sent;
+        part.retries_skipped = self.retries_skipped;
+        part.connections = self.connections.tally();
+        part.finished_ns = self.now_ns;
+        Ok(part)
     }
 
-    fn tick(&mut self) {
+    /// Opens all connections before the first arrival.
+    fn warm(&mut self, events: &mut Events) -> io::Result<()> {
+        let began = Instant::now();
+        loop {
+            let now_ns = nanos(began.elapsed());
+            self.connections.open_more(usize::MAX, now_ns);
+            if self.connections.all_idle() || began.elapsed() > WARM_WITHIN {
+                self.connections.forget_time();
+                return Ok(());
+            }
+            self.connections.wait(1_000_000, events)?;
+            for event in events.iter() {
+                let (plan, codes) = (&self.plan, &mut self.codes);
+                let _ = self.connections.handle(event, now_ns, |flight, answer| {
+                    judge(flight.due.op, answer, plan.asked(flight.item), codes)
+                });
+            }
+        }
+    }
+
+    pub(crate) fn tick(&mut self) {
         self.now_ns = nanos(self.start.elapsed());
         if let Some((count, oldest_ns)) = self.schedule.notice(self.now_ns) {
             // All that came due since the last look counts as late as the oldest: the worse reading.
-            self.lag_us.saturating_record_n(((self.now_ns - oldest_ns) / 1000).max(1), u64::from(count));
+            self.lag_us.saturating_record_n(((self.now_ns - oldest_ns) / 1000).max(1), count);
         }
     }
 
@@ -234,69 +207,68 @@ impl Worker {
             let Some(target) = self.connections.next_idle_target() else {
                 return self.connections.open_more(self.schedule.backlog() as usize, self.now_ns);
             };
-            let due = match self.schedule.take(self.now_ns) {
-                Some(Next::Arrival { n, at_ns }) => self.arrive(n, at_ns),
-                Some(Next::FollowUp(due)) => due,
+            match self.schedule.take(self.now_ns) {
+                Some(Next::Arrival { n, at_ns }) => {
+                    self.part.sent += 1;
+                    self.interval.arrivals += 1;
+                    self.part.last_sent_ns = self.now_ns;
+                    if let Some(due) = self.arrive(n, at_ns) {
+                        self.send(target, due);
+                    }
+                }
+                Some(Next::FollowUp(due)) => self.send(target, due),
                 None => return,
-            };
-            self.send(target, due);
-        }
-    }
-
-    /// A buyer arrives: their purchase, and what will follow from it, is entered.
-    fn arrive(&mut self, n: u32, at_ns: u64) -> Due {
-        let global = self.schedule.global(n);
-        let buyers = self.plan.buyers.count();
-        let (user, round) = (global % buyers, (global / buyers) as u16);
-        let (seed, number) = (self.plan.seed, u64::from(global));
-        let purchase = PurchaseIndex(self.first_purchases.len() as u32);
-        self.first_purchases.push(Purchase::new(user, 2 * round));
-        if self.plan.duplicates > 0.0 && chance(seed, number, 1) < self.plan.duplicates {
-            let delay = (chance(seed, number, 2) * 2.0 - 1.0).max(0.0) * DUPLICATE_DELAY_NS;
-            let at_ns = at_ns + delay as u64;
-            self.schedule.follow_up(Due {
-                at_ns,
-                first_ns: at_ns,
-                purchase,
-                attempt: 1,
-                reason: Reason::Duplicate,
-            });
-        }
-        if self.plan.second_purchases > 0.0 && chance(seed, number, 3) < self.plan.second_purchases {
-            let at_ns = at_ns + (chance(seed, number, 4) * SECOND_PURCHASE_DELAY_NS) as u64;
-            let second = PurchaseIndex(self.second_purchases.len() as u32 | SECOND_BIT);
-            let due = Due { at_ns, first_ns: at_ns, purchase: second, attempt: 1, reason: Reason::Second };
-            if self.schedule.follow_up(due) {
-                self.second_purchases.push(Purchase::new(user, 2 * round + 1));
             }
         }
-        self.sent += 1;
-        self.last_sent_ns = self.now_ns;
-        self.interval.arrivals += 1;
-        Due { at_ns, first_ns: at_ns, purchase, attempt: 1, reason: Reason::Arrival }
-    }
-
-    fn purchase(&mut self, index: PurchaseIndex) -> &mut Purchase {
-        let at = (index.0 & !SECOND_BIT) as usize;
-        if index.0 & SECOND_BIT == 0 { &mut self.first_purchases[at] } else { &mut self.second_purchases[at] }
     }
 
     fn send(&mut self, target: usize, due: Due) {
-        let purchase = *self.purchase(due.purchase);
-        self.scratch.clear();
-        let request = &self.plan.targets[target].1;
-        request.write(&self.plan.buyers, purchase.user, purchase.key, &mut self.scratch);
+        // A burst is sent by one turn of the loop: each of its requests has a time of its own.
+        self.now_ns = nanos(self.start.elapsed());
+        let Some(live) = self.lives.get_mut(due.live) else { return };
+        match due.op {
+            Op::Purchase | Op::ForgedPurchase => live.asked = true,
+            Op::Pay => live.purchase.pays(),
+            Op::Cancel => live.purchase.cancels(),
+            Op::ReadSale | Op::ReadOrder => {}
+        }
+        let (purchase, amount) = (live.purchase, live.amount);
+        let sender = self.plan.sender(purchase.user, purchase.persona);
+        let (requests, buyers, out) = (&self.plan.targets[target].1, &self.plan.buyers, &mut self.scratch);
+        out.clear();
+        match (due.op, purchase.order()) {
+            (Op::Purchase, _) => requests.purchase(purchase.item, buyers, sender, purchase.key, None, out),
+            (Op::ForgedPurchase, _) => {
+                requests.purchase(purchase.item, buyers, sender, purchase.key, Some(purchase.user), out);
+            }
+            (Op::ReadOrder, Some(order)) => requests.read_order(order, buyers, sender, out),
+            (Op::Cancel, Some(order)) => requests.cancel(order, buyers, sender, out),
+            (Op::Pay, Some(order)) => {
+                let coupon = seckill_domain::OrderId::from_number(purchase.coupon);
+                requests.pay(order, amount, coupon, out);
+            }
+            // Without an order there is nothing to follow: the journey never comes here.
+            (Op::ReadSale, _) | (Op::ReadOrder | Op::Cancel | Op::Pay, None) => {
+                requests.read_sale(purchase.item, sender, out);
+            }
+        }
         let knew_order = purchase.order().is_some();
-        match self.connections.send(&self.scratch, Flight { due, sent_ns: self.now_ns, knew_order }) {
+        let flight = Flight { due, sent_ns: self.now_ns, knew_order, item: purchase.item };
+        match self.connections.send(&self.scratch, flight) {
             Ok(()) => {
                 self.interval.requests += 1;
-                self.stats.sent(due.reason);
+                let stats = if due.at_ns < self.plan.warmup_ns { &mut self.warmup } else { &mut self.stats };
+                stats.sent(due.reason);
+                if due.reason == Reason::Arrival && due.at_ns >= self.plan.warmup_ns {
+                    self.skew_us.saturating_record(((self.now_ns - due.at_ns) / 1000).max(1));
+                }
             }
             // Not a byte went out: it goes over another connection, as if this one had been found closed a
             // moment earlier.
             Err(flight) => {
                 if !self.schedule.follow_up(flight.due) {
                     self.retries_skipped += 1;
+                    self.let_go(due.live);
                 }
             }
         }
@@ -305,39 +277,30 @@ impl Worker {
     fn complete(&mut self, flight: &Flight, verdict: &Verdict) {
         self.tick();
         let due = flight.due;
-        let latency_us = (self.now_ns - due.at_ns) / 1000;
-        self.stats.ended(verdict, latency_us);
-        self.interval.ended(verdict, latency_us);
-        let knew_before = self.purchase(due.purchase).order().is_some();
-        if let Some(contradiction) = self.purchase(due.purchase).enter(verdict, flight.knew_order) {
-            let purchase = *self.purchase(due.purchase);
-            let (buyers, codes) = (&self.plan.buyers, &self.codes);
-            self.violations.add(describe(contradiction, &purchase, buyers, codes));
-        }
-        if matches!(verdict.effect, Effect::Accepted { .. }) {
-            if !knew_before {
-                let after_us = (self.now_ns - due.first_ns) / 1000;
-                self.stats.accepted_after_us.saturating_record(after_us.max(1));
-            }
-        } else if verdict.retryable && !knew_before && due.reason != Reason::Duplicate {
-            self.retry(due, verdict);
+        let latency_us = self.now_ns.saturating_sub(due.at_ns) / 1000;
+        let stats = if due.at_ns < self.plan.warmup_ns { &mut self.warmup } else { &mut self.stats };
+        stats.ended(due.op, verdict, latency_us);
+        let pulse = (self.now_ns % SECOND_NS / PULSE_NS) as usize;
+        // What ends just after its second counts in the second's last hundredth: the interval is published
+        // before the next one begins.
+        let pulse =
+            if self.now_ns / SECOND_NS > self.interval.second { PULSES_PER_SECOND - 1 } else { pulse };
+        self.interval.ended(due.op, verdict, latency_us, pulse);
+        self.proceed(flight, verdict);
+        self.let_go(due.live);
+    }
+
+    /// One thing less is under way for a purchase; with the last one it is written down.
+    pub(crate) fn let_go(&mut self, live: crate::schedule::LiveIndex) {
+        if let Some(purchase) = self.lives.let_go(live) {
+            self.retire(&purchase);
         }
     }
 
-    fn retry(&mut self, due: Due, verdict: &Verdict) {
-        if due.attempt >= self.plan.max_attempts {
-            return;
-        }
-        let backoff = BACKOFF_NS << (due.attempt - 1).min(10);
-        let spread =
-            mix(self.plan.seed ^ u64::from(due.purchase.0) << 16 ^ u64::from(due.attempt)) % (backoff / 2);
-        let wait = match verdict.retry_after_s.filter(|_| self.plan.honour_retry_after) {
-            Some(seconds) => (u64::from(seconds) * SECOND_NS).max(1) + spread,
-            None => backoff / 2 + spread,
-        };
-        let retry = Due { at_ns: self.now_ns + wait, attempt: due.attempt + 1, reason: Reason::Retry, ..due };
-        if retry.at_ns > self.stop_ns || !self.schedule.follow_up(retry) {
-            self.retries_skipped += 1;
+    fn retire(&mut self, purchase: &crate::record::Purchase) {
+        self.part.purchases.count(purchase);
+        if let Err(err) = self.ledger.write(purchase) {
+            self.ledger_failed.get_or_insert(err);
         }
     }
 
@@ -352,8 +315,8 @@ impl Worker {
         if self.now_ns >= self.stop_ns && !self.schedule.is_empty() {
             let now_ns = self.now_ns;
             for at_ns in self.schedule.abandon() {
-                self.abandoned += 1;
-                self.stats.unsent((now_ns - at_ns) / 1000);
+                self.part.arrivals += 1;
+                self.stats.unsent(now_ns.saturating_sub(at_ns) / 1000);
             }
         }
     }
@@ -361,7 +324,7 @@ impl Worker {
     fn publish_interval(&mut self) {
         let second = self.now_ns / SECOND_NS;
         let mut interval = std::mem::replace(&mut self.interval, Interval::new(second));
-        interval.backlog = u64::from(self.schedule.backlog());
+        interval.backlog = self.schedule.backlog();
         // A full channel costs the live view a second, never the worker its time.
         let _ = self.intervals.try_send(interval);
     }
@@ -369,45 +332,4 @@ impl Worker {
 
 fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
-}
-
-/// A contradiction in words.
-pub fn describe(
-    contradiction: Contradiction,
-    purchase: &Purchase,
-    buyers: &Buyers,
-    codes: &Codes,
-) -> Violation {
-    let uid = buyers.uid(purchase.user);
-    let key = buyers.key(purchase.user, purchase.key);
-    let (code, order, detail) = match contradiction {
-        Contradiction::AnotherOrder { first, second } => (
-            "replay_with_another_order",
-            second,
-            format!("user {uid} got order {first} and then order {second} under the same key {key}"),
-        ),
-        Contradiction::ReplayNotMarked(order) => (
-            "replay_not_marked",
-            order,
-            format!(
-                "order {order} was given to user {uid} twice under key {key} without Idempotent-Replayed"
-            ),
-        ),
-        Contradiction::NotAsAsked(order) => (
-            "wrong_acceptance",
-            order,
-            format!(
-                "order {order} of user {uid} (key {key}) names another sale or quantity than was asked for"
-            ),
-        ),
-        Contradiction::WinnerRefused(order, code) => (
-            "winner_refused",
-            order,
-            format!(
-                "user {uid} has order {order} and heard {} when asking again under key {key}",
-                codes.name(code)
-            ),
-        ),
-    };
-    Violation { code: code.to_owned(), detail, order_id: Some(order.to_string()), uid: Some(uid) }
 }

@@ -4,6 +4,7 @@
 
 mod blaster;
 mod double;
+mod schema;
 
 use std::io::Write as _;
 use std::time::Duration;
@@ -69,7 +70,10 @@ async fn loadtest(url: &str, args: &str) -> Ran {
         .await
         .unwrap();
     let stderr = String::from_utf8(output.stderr).unwrap();
-    let report = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap_or(Value::Null);
+    if !report.is_null() {
+        assert_eq!(schema::errors(&report), Vec::<String>::new(), "every report is as schema.json says");
+    }
     Ran { code: output.status.code().unwrap(), report, stderr }
 }
 
@@ -98,7 +102,7 @@ async fn an_honest_target_passes_and_both_sides_count_the_same() {
     let second = ran.number("/offered/second_purchases");
     assert!((50..160).contains(&second), "{second}");
     assert_eq!(ran.report["schema"], "seckill-loadtest/run");
-    assert_eq!(ran.report["schema_version"], 1);
+    assert_eq!(ran.report["schema_version"], 2);
 }
 
 #[tokio::test]
@@ -263,7 +267,9 @@ async fn a_secret_that_is_not_the_targets_is_noticed_before_the_load() {
     let mut scenario =
         Scenario::new(&double.url, b"another secret", seckill_domain::SaleId::new(SALE).unwrap());
     scenario.admin = Some(Admin { url: double.url.clone(), token: ADMIN_TOKEN.to_owned() });
-    let Err(err) = seckill_loadtest::run(&scenario, |_| (), std::future::pending()).await else { panic!() };
+    let Err(err) = seckill_loadtest::run(&scenario, |_: &str| (), std::future::pending()).await else {
+        panic!()
+    };
     assert_eq!(err.exit_code(), 64, "{err}");
     assert!(double.counts().is_empty());
 }
@@ -310,7 +316,7 @@ async fn a_run_can_be_started_in_process_and_ended_early() {
     scenario.timeout = Duration::from_secs(1);
     let mut lines = 0;
     let enough = tokio::time::sleep(Duration::from_millis(600));
-    let report = seckill_loadtest::run(&scenario, |_| lines += 1, enough).await.unwrap();
+    let report = seckill_loadtest::run(&scenario, |_: &str| lines += 1, enough).await.unwrap();
     assert_eq!(report.exit_code, 0, "{report}");
     assert!(report.interrupted && lines > 0);
     assert_eq!(report.offered.arrivals_sent, double.orders() as u64);
