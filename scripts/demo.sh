@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The demo: 10,000 units, 100,000 buyers, one machine. Everything lies in a temporary folder and is gone after.
+# The demo: 10,000 units, 100,000 buyers, one machine. The data lies in a temporary folder and is gone after; the
+# report (HTML and JSON) stays in target/demo.
 # RATE and BUYERS change the load: RATE=2000 BUYERS=20000 make demo
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -47,11 +48,17 @@ echo "putting $units units on sale"
 "$target/seckill" sale create demo --quantity "$units" --price 199900 --currency CNY --title "Demo phone"
 
 echo "sending $buyers buyers, $rate a second; some click twice"
+report=${CARGO_TARGET_DIR:-target}/demo
+mkdir -p "$report"
 code=0
 "$target/seckill-loadtest" run --target "http://127.0.0.1:$port" --admin "$SECKILL_ADMIN_URL" \
     --token-secret-file "$data/dev-token-secret" --token-file "$SECKILL_ADMIN_TOKEN_FILE" \
-    --sale demo --rate "$rate" --duration "$seconds" --buyers "$buyers" --duplicates 0.05 || code=$?
+    --sale demo --rate "$rate" --duration "$seconds" --buyers "$buyers" --duplicates 0.05 \
+    --html "$report/report.html" --json "$report/report.json" || code=$?
 
 echo "the books:"
 "$target/seckill" audit
+if [ -f "$report/report.html" ]; then
+    echo "the report: file://$(realpath "$report/report.html")"
+fi
 exit "$code"

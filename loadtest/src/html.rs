@@ -49,7 +49,7 @@ fn head(out: &mut String, report: &Report, name: &str) {
         "<header><h1>{}</h1><p class=\"sub\">sale {} · {} · seed {}</p><p class=\"verdict {class}\">{verdict}</p>",
         escape(name),
         escape(report.scenario.sale.as_str()),
-        escape(&report.started_at),
+        escape(report.started_at.split('.').next().unwrap_or_default()).replace('T', " "),
         report.scenario.seed
     );
     if !report.notes.is_empty() {
@@ -76,11 +76,7 @@ fn tiles(out: &mut String, report: &Report) {
         ("orders", count(orders), format!("{} refused", count(effect("refused")))),
         ("failed", count(report.failed()), format!("{} of unknown fate", count(effect("unknown")))),
         ("p50", ms(report.latency_us.p50), format!("p90 {}", ms(report.latency_us.p90))),
-        (
-            "p99",
-            ms(report.latency_us.p99),
-            format!("p99.9 {} · max {}", ms(report.latency_us.p99_9), ms(report.latency_us.max)),
-        ),
+        ("p99", ms(report.latency_us.p99), format!("p99.9 {}", ms(report.latency_us.p99_9))),
     ];
     out.push_str("<section class=\"tiles\">");
     for (name, value, under) in tiles {
@@ -102,8 +98,8 @@ fn plots(out: &mut String, report: &Report) {
         report.events.iter().map(|event| (event.at_ms as f64 / 1000.0, event.name.clone())).collect();
     let warmup = report.scenario.warmup.as_secs_f64();
     let time = || Axis::linear("seconds", 0.0, end);
-    let per_second = |pick: fn(&IntervalReport) -> u64| {
-        over_time(report, |interval| Some(pick(interval) as f64 / interval.seconds as f64))
+    let per_second = |pick: fn(&IntervalReport) -> u64| -> Vec<f64> {
+        report.intervals.iter().map(|interval| pick(interval) as f64 / interval.seconds as f64).collect()
     };
     let mut stacked = Vec::new();
     let mut below = vec![0.0; report.intervals.len()];
@@ -116,16 +112,19 @@ fn plots(out: &mut String, report: &Report) {
         ("unknown", "c-unknown", |i| i.unknown),
     ] {
         let values = per_second(pick);
-        if values.iter().all(|(_, value)| *value == 0.0) {
+        if values.iter().all(|value| *value == 0.0) {
             continue;
         }
+        // Each stretch is a step as wide as it lasted.
         let points: Vec<(f64, f64, f64)> = values
             .iter()
             .zip(&mut below)
-            .map(|((x, value), below)| {
+            .zip(&report.intervals)
+            .flat_map(|((value, below), interval)| {
                 let from = *below;
                 *below += value;
-                (*x, from, *below)
+                let start = interval.second as f64;
+                [(start, from, *below), (start + interval.seconds as f64, from, *below)]
             })
             .collect();
         stacked.push(Area { name, class, points });
@@ -228,8 +227,8 @@ fn events(out: &mut String, report: &Report) {
         return;
     }
     out.push_str(
-        "<section><h2>Events</h2><table><thead><tr><th>at</th><th>what</th><th>took</th><th>held</th>\
-         <th>recovered after</th><th>errors</th><th>error window</th></tr></thead><tbody>",
+        "<section><h2>Events</h2><table><thead><tr><th class=\"n\">at</th><th>what</th><th class=\"n\">took</th><th class=\"n\">held</th>\
+         <th class=\"n\">recovered after</th><th class=\"n\">errors</th><th class=\"n\">error window</th></tr></thead><tbody>",
     );
     for event in &report.events {
         let impact = event.impact.unwrap_or_default();
@@ -258,7 +257,7 @@ fn thresholds(out: &mut String, report: &Report) {
     if report.thresholds.is_empty() {
         return;
     }
-    out.push_str("<section><h2>Thresholds</h2><table><thead><tr><th></th><th>what has to hold</th><th>measured</th></tr></thead><tbody>");
+    out.push_str("<section><h2>Thresholds</h2><table><thead><tr><th></th><th>what has to hold</th><th class=\"n\">measured</th></tr></thead><tbody>");
     for judged in &report.thresholds {
         let measured = judged.measured.map_or_else(|| "nothing".to_owned(), |value| format!("{value:.3}"));
         let _ = write!(
@@ -273,8 +272,8 @@ fn thresholds(out: &mut String, report: &Report) {
 
 fn outcomes(out: &mut String, report: &Report) {
     out.push_str(
-        "<section><h2>Outcomes</h2><div class=\"wide\"><table><thead><tr><th>operation</th><th>outcome</th><th>effect</th><th>requests</th>\
-         <th>p50</th><th>p90</th><th>p99</th><th>p99.9</th><th>max</th></tr></thead><tbody>",
+        "<section><h2>Outcomes</h2><div class=\"wide\"><table><thead><tr><th>operation</th><th>outcome</th><th>effect</th><th class=\"n\">requests</th>\
+         <th class=\"n\">p50</th><th class=\"n\">p90</th><th class=\"n\">p99</th><th class=\"n\">p99.9</th><th class=\"n\">max</th></tr></thead><tbody>",
     );
     for outcome in &report.outcomes {
         let failed = if outcome.failed { " class=\"bad\"" } else { "" };

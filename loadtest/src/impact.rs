@@ -35,8 +35,8 @@ impl Pulse {
 pub struct Impact {
     /// The longest time without a decided purchase, in milliseconds.
     pub held_ms: u64,
-    /// From the event until purchases are decided at the rate of before again; `null`: not before the next event,
-    /// or the end.
+    /// From the event until purchases are decided at the rate of before again, whatever else happened meanwhile;
+    /// `null`: not before the end.
     pub recovery_ms: Option<u64>,
     /// From the first failed request to the last, in milliseconds.
     pub error_window_ms: u64,
@@ -44,8 +44,8 @@ pub struct Impact {
     pub errors: u64,
 }
 
-/// The impact of what happened at `at_ms`, until `until_ms`: the next event or the end of the load.
-pub fn impact(pulses: &[Pulse], at_ms: u64, until_ms: u64) -> Impact {
+/// The impact of what happened at `at_ms`, until `until_ms`: the next event or the end of the load at `end_ms`.
+pub fn impact(pulses: &[Pulse], at_ms: u64, until_ms: u64, end_ms: u64) -> Impact {
     let index = |ms: u64| usize::try_from(ms / PULSE_MS).unwrap_or(usize::MAX).min(pulses.len());
     let (at, until) = (index(at_ms), index(until_ms));
     let during = &pulses[at..until.max(at)];
@@ -77,7 +77,8 @@ pub fn impact(pulses: &[Pulse], at_ms: u64, until_ms: u64) -> Impact {
     // What was held comes in one rush: before the rush nothing is recovered, whatever the average says.
     let from = if disturbed { last_disturbance(during, ordinary) } else { 0 };
     let recovery_ms = if disturbed {
-        during[from..].windows(STEADY).position(good).map(|steady| ms(from + steady))
+        let rest = &pulses[at + from..index(end_ms).max(at + from)];
+        rest.windows(STEADY).position(good).map(|steady| ms(from + steady))
     } else {
         Some(0)
     };
@@ -108,7 +109,7 @@ mod tests {
 
     #[test]
     fn nothing_happened_when_nothing_changed() {
-        let impact = impact(&steady(10), 3000, 10_000);
+        let impact = impact(&steady(10), 3000, 10_000, 10_000);
         assert_eq!(impact, Impact { held_ms: 0, recovery_ms: Some(0), error_window_ms: 0, errors: 0 });
     }
 
@@ -119,14 +120,22 @@ mod tests {
             *pulse = Pulse::default();
         }
         pulses[350].served = 400;
-        let held = impact(&pulses, 3000, 10_000);
+        let held = impact(&pulses, 3000, 10_000, 10_000);
         assert_eq!((held.held_ms, held.recovery_ms, held.errors), (400, Some(500), 0));
 
         for pulse in &mut pulses[310..350] {
             pulse.failed = 3;
         }
-        let failed = impact(&pulses, 3000, 10_000);
+        let failed = impact(&pulses, 3000, 10_000, 10_000);
         assert_eq!((failed.error_window_ms, failed.errors, failed.held_ms), (400, 120, 400));
+    }
+
+    #[test]
+    fn recovery_may_come_after_the_next_event() {
+        let mut pulses = steady(10);
+        pulses[301..360].fill(Pulse::default());
+        let cut = impact(&pulses, 3000, 3600, 10_000);
+        assert_eq!((cut.held_ms, cut.recovery_ms), (590, Some(600)));
     }
 
     #[test]
@@ -135,7 +144,7 @@ mod tests {
         for pulse in &mut pulses[500..] {
             *pulse = Pulse::default();
         }
-        let gone = impact(&pulses, 4900, 10_000);
+        let gone = impact(&pulses, 4900, 10_000, 10_000);
         assert_eq!((gone.recovery_ms, gone.held_ms), (None, 5000));
     }
 
@@ -145,6 +154,6 @@ mod tests {
         for at in (0..1000).step_by(10) {
             pulses[at].served = 1;
         }
-        assert_eq!(impact(&pulses, 5000, 10_000).held_ms, 0);
+        assert_eq!(impact(&pulses, 5000, 10_000, 10_000).held_ms, 0);
     }
 }

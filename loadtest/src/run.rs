@@ -97,13 +97,15 @@ pub async fn run(
     scenario.validate()?;
     raise_descriptor_limit(scenario)?;
     let environment = Environment::here();
+    // The targets may lie behind the scenario's links, for the books too.
+    let timeline = Timeline::new(scenario).await?;
+    let _links = timeline.links();
     let targets = resolve(scenario).await?;
     let found = preflight::look(scenario, &targets).await?;
     let plan = Arc::new(plan(scenario, &targets, &found.coupons, &mut observer).await?);
     if found.opening.is_some() {
         preflight::check_token(&plan, &targets).await?;
     }
-    let timeline = Timeline::new(scenario).await?;
     let folder = LedgerFolder::create(scenario.ledger_dir.as_deref())?;
     let mut codes = Codes::default();
     let mut generators = Generators::start(scenario, &plan, &found.coupons, &codes, folder.path()).await?;
@@ -325,7 +327,7 @@ impl<'a> Course<'a> {
         let times: Vec<u64> = events.iter().map(|event| event.at_ms).collect();
         for (at, event) in events.iter_mut().enumerate() {
             let until = times.get(at + 1).copied().unwrap_or(end_ms).max(event.at_ms);
-            event.impact = (!pulses.is_empty()).then(|| impact(pulses, event.at_ms, until));
+            event.impact = (!pulses.is_empty()).then(|| impact(pulses, event.at_ms, until, end_ms));
         }
         (events, self.series.into_reports())
     }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::Stdio;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -105,7 +106,7 @@ pub struct Event {
 /// Takes the steps of a scenario.
 pub struct Timeline {
     steps: Vec<Step>,
-    links: Vec<Link>,
+    links: Arc<Vec<Link>>,
     program: PathBuf,
     admin: Option<(String, String)>,
     data_dir: Option<PathBuf>,
@@ -121,10 +122,21 @@ impl Timeline {
             links.push(Link::open(spec).await?);
         }
         let admin = scenario.admin.as_ref().map(|admin| (admin.url.clone(), admin.token.clone()));
-        Ok(Timeline { steps, links, program: program(), admin, data_dir: scenario.data_dir.clone() })
+        Ok(Timeline {
+            steps,
+            links: Arc::new(links),
+            program: program(),
+            admin,
+            data_dir: scenario.data_dir.clone(),
+        })
     }
 
-    /// There is something to do.
+    /// The links: they carry traffic until the last of these is dropped.
+    pub fn links(&self) -> Arc<Vec<Link>> {
+        Arc::clone(&self.links)
+    }
+
+    /// There is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.steps.is_empty()
     }
@@ -155,7 +167,7 @@ impl Timeline {
                 return;
             }
         }
-        // The links stay open until the run drops this future.
+        // The run ends with its generators, not with its last step.
         std::future::pending::<()>().await;
     }
 

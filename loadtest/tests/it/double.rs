@@ -31,8 +31,14 @@ pub(crate) enum Fault {
     IgnoresTheLimit,
     /// Stores another quantity than it acknowledged.
     StoresAnotherQuantity,
-    /// Stops answering for a second, one second after the first purchase.
+    /// Stops answering for two seconds, one second after the first purchase.
     Stalls,
+    /// Does not look at signatures.
+    TakesForgedTokens,
+    /// Forgets every payment that it acknowledged.
+    ForgetsPayments,
+    /// Stores an order that nobody asked for.
+    StoresAPhantom,
     /// Every fifth new purchase is carried out and its connection cut.
     CutsConnections,
     /// Every fifth new purchase is carried out and never answered.
@@ -55,11 +61,14 @@ struct State {
     held: HashMap<String, i64>,
     orders: HashMap<OrderId, (String, i64, u32)>,
     lost: i64,
+    status: HashMap<OrderId, &'static str>,
+    released: i64,
     seq: u64,
     fresh: u64,
     seen: HashMap<String, u32>,
     first_purchase: Option<Instant>,
     counts: BTreeMap<String, u64>,
+    calls: BTreeMap<String, u64>,
 }
 
 pub(crate) struct Double {
@@ -119,6 +128,11 @@ impl Double {
     /// Answers to purchases by code.
     pub(crate) fn counts(&self) -> BTreeMap<String, u64> {
         self.state.lock().unwrap().counts.clone()
+    }
+
+    /// Answers to everything else, by what was asked.
+    pub(crate) fn calls(&self) -> BTreeMap<String, u64> {
+        self.state.lock().unwrap().calls.clone()
     }
 
     pub(crate) fn orders(&self) -> usize {
@@ -190,7 +204,7 @@ async fn serve(mut stream: TcpStream, state: Arc<Mutex<State>>, fault: Fault) ->
 async fn stall(state: &Mutex<State>) {
     let first = state.lock().unwrap().first_purchase;
     if let Some(first) = first {
-        let (from, until) = (first + Duration::from_secs(1), first + Duration::from_secs(2));
+        let (from, until) = (first + Duration::from_secs(1), first + Duration::from_secs(3));
         if (from..until).contains(&Instant::now()) {
             tokio::time::sleep_until(until.into()).await;
         }
@@ -211,13 +225,19 @@ fn parse(buf: &[u8]) -> Option<Head> {
     Some((head, request.method.unwrap().to_owned(), request.path.unwrap().to_owned(), headers))
 }
 
-fn user(headers: &HashMap<String, String>) -> Option<String> {
+fn user(headers: &HashMap<String, String>, trusting: bool) -> Option<String> {
     #[derive(serde::Deserialize)]
     struct Claims {
         sub: String,
     }
     let token = headers.get("authorization")?.strip_prefix("Bearer ")?;
     let key = jsonwebtoken::DecodingKey::from_secret(SECRET);
+    if trusting {
+        use base64::Engine as _;
+        let claims = token.split('.').nth(1)?;
+        let claims = base64::engine::general_purpose::URL_SAFE_NO_PAD.decode(claims).ok()?;
+        return Some(serde_json::from_slice::<Claims>(&claims).ok()?.sub);
+    }
     let rules = jsonwebtoken::Validation::new(jsonwebtoken::Algorithm::HS256);
     Some(jsonwebtoken::decode::<Claims>(token, &key, &rules).ok()?.claims.sub)
 }
@@ -240,13 +260,18 @@ fn handle(
         return then;
     }
     if path == "/v1/route" {
-        return match user(headers) {
+        return match user(headers, fault == Fault::TakesForgedTokens) {
             Some(uid) => answer(200, &serde_json::json!({"uid": uid})),
             None => problem(401, "unauthenticated", false, None),
         };
     }
     if path == sale {
-        return answer(200, &serde_json::json!({"sale_id": SALE, "per_user_limit": state.limit, "new": {}}));
+        *state.calls.entry("read_sale".to_owned()).or_default() += 1;
+        let remaining = state.total - state.held.values().sum::<i64>();
+        return answer(
+            200,
+            &serde_json::json!({"sale_id": SALE, "per_user_limit": state.limit, "remaining": remaining, "new": {}}),
+        );
     }
     if path == format!("/admin{sale}/audit") {
         if headers.get("authorization").map(String::as_str) != Some(&format!("Bearer {ADMIN_TOKEN}")) {
@@ -254,18 +279,43 @@ fn handle(
         }
         return answer(200, &audit(state, fault));
     }
-    if let Some(id) = path.strip_prefix("/v1/orders/") {
-        let uid = user(headers).unwrap_or_default();
+    if path.starts_with("/admin/v1/orders?") {
+        let orders: Vec<_> = state
+            .orders
+            .iter()
+            .map(|(id, (uid, ..))| serde_json::json!({"order_id": id.to_string(), "uid": uid}))
+            .collect();
+        return answer(200, &serde_json::json!({"orders": orders, "next_cursor": null}));
+    }
+    if method == "POST"
+        && let Some(id) = path.strip_prefix("/v1/orders/")
+        && let Some((id, what)) = id.split_once('/')
+    {
         let order: OrderId = id.parse().unwrap();
+        *state.calls.entry(what.to_owned()).or_default() += 1;
+        if what == "cancel" {
+            let (uid, quantity, _) = state.orders[&order].clone();
+            state.status.insert(order, "cancelled");
+            state.released += quantity;
+            *state.held.get_mut(&uid).unwrap() -= quantity;
+        } else if fault != Fault::ForgetsPayments {
+            state.status.insert(order, "paid");
+        }
+        return answer(200, &serde_json::json!({"order_id": id}));
+    }
+    if let Some(id) = path.strip_prefix("/v1/orders/") {
+        let uid = user(headers, fault == Fault::TakesForgedTokens).unwrap_or_default();
+        let order: OrderId = id.parse().unwrap();
+        let stored = state.status.get(&order).copied().unwrap_or("created");
         return match state.orders.get_mut(&order) {
             Some((owner, quantity, looks)) if *owner == uid => {
                 *looks += 1;
-                let status = if *looks == 1 { "queued" } else { "created" };
+                let status = if *looks == 1 { "queued" } else { stored };
                 let wrong = i64::from(fault == Fault::StoresAnotherQuantity);
                 answer(
                     200,
                     &serde_json::json!({"order_id": id, "sale_id": SALE, "quantity": *quantity + wrong,
-                        "status": status}),
+                        "status": status, "amount": 500}),
                 )
             }
             _ => problem(404, "order_not_found", false, None),
@@ -276,11 +326,12 @@ fn handle(
 
 fn audit(state: &State, fault: Fault) -> serde_json::Value {
     let claimed: i64 = state.held.values().sum();
+    let cancelled = state.status.values().filter(|status| **status == "cancelled").count() as i64;
     // The liars' books look fine: only what the buyers were told gives them away.
     let claimed = if fault == Fault::Oversells { claimed.min(state.total) } else { claimed };
     serde_json::json!({"sale_id": SALE, "total": state.total, "remaining": state.total - claimed,
-        "claimed": claimed, "released": 0, "in_flight": 0, "violations": [], "later": [1],
-        "orders": {"created": state.orders.len() as i64 + state.lost, "paid": 0, "cancelled": 0, "expired": 0}})
+        "claimed": claimed, "released": state.released, "in_flight": 0, "violations": [], "later": [1],
+        "orders": {"created": state.orders.len() as i64 + state.lost - cancelled, "cancelled": cancelled}})
 }
 
 fn purchase(
@@ -289,7 +340,7 @@ fn purchase(
     headers: &HashMap<String, String>,
     body: &[u8],
 ) -> (&'static str, Then) {
-    let Some(uid) = user(headers) else {
+    let Some(uid) = user(headers, fault == Fault::TakesForgedTokens) else {
         return ("unauthenticated", problem(401, "unauthenticated", false, None));
     };
     let key = headers["idempotency-key"].clone();
@@ -331,6 +382,10 @@ fn purchase(
         state.lost += 1;
     } else {
         state.orders.insert(order, (uid, quantity, 0));
+    }
+    if fault == Fault::StoresAPhantom && fresh == 10 {
+        let phantom = new_id(state, "nobody");
+        state.orders.insert(phantom, ("nobody".to_owned(), 1, 0));
     }
     match fault {
         Fault::CutsConnections if fresh.is_multiple_of(5) => ("connection_lost", Then::Cut),
