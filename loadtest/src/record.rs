@@ -161,7 +161,9 @@ impl Purchase {
                         Some(Contradiction::AnotherOrder { first, second: order })
                     }
                     _ if !as_asked => Some(Contradiction::NotAsAsked(order)),
-                    _ if second_fresh => Some(Contradiction::ReplayNotMarked(order)),
+                    // Of two requests under way at once a server whose own call was lost cannot tell which one was
+                    // carried out; one that is sent after the answer is a replay for certain.
+                    _ if second_fresh && knew_order => Some(Contradiction::ReplayNotMarked(order)),
                     _ => None,
                 }
             }
@@ -324,6 +326,7 @@ mod tests {
         purchase.enter(&accepted(1, false), false);
         assert!(matches!(purchase.enter(&accepted(2, true), true), Some(Contradiction::AnotherOrder { .. })));
         assert!(matches!(purchase.enter(&accepted(1, false), true), Some(Contradiction::ReplayNotMarked(_))));
+        assert_eq!(purchase.enter(&accepted(1, false), false), None, "the two were under way at once");
     }
 
     #[test]
