@@ -174,3 +174,50 @@ async fn a_longer_run_takes_no_more_memory() {
     // Three million bytes of records more; the memory may differ by what an allocator rounds up.
     assert!(peaks[1] < peaks[0] + (3 << 20), "{peaks:?}");
 }
+
+#[tokio::test]
+async fn two_results_add_up_to_one_and_can_be_compared_and_shown() {
+    let double = Double::start(1000, 1, Fault::None).await;
+    let folder = tempfile::tempdir().unwrap();
+    let (one, two, sum) =
+        (folder.path().join("1.json"), folder.path().join("2.json"), folder.path().join("sum.json"));
+    let args = |file: &std::path::Path, seed: u64| {
+        format!("--rate 200 --duration 1s --shared-sale --seed {seed} --json {}", file.display())
+    };
+    let (first, second) = (args(&one, 1), args(&two, 2));
+    let (a, b) = tokio::join!(loadtest(&double.url, &first), loadtest(&double.url, &second));
+    assert_eq!((a.code, b.code), (0, 0), "{}\n{}", a.report, b.report);
+    let program = async |args: &[&str]| {
+        let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_seckill-loadtest"))
+            .args(args)
+            .output()
+            .await
+            .unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stdout).unwrap())
+    };
+    let (one, two, sum) = (one.to_str().unwrap(), two.to_str().unwrap(), sum.to_str().unwrap());
+    let (html, junit) = (folder.path().join("r.html"), folder.path().join("r.xml"));
+    let (code, text) = program(&["merge", one, two, "--json", sum, "--threshold", "accepted == 400"]).await;
+    assert_eq!(code, 0, "{text}");
+    let merged: serde_json::Value = serde_json::from_slice(&std::fs::read(sum).unwrap()).unwrap();
+    assert_eq!(crate::schema::errors(&merged), Vec::<String>::new());
+    assert_eq!(merged["latency_us"]["count"], 400);
+    assert_eq!(merged["books"]["orders"], 400);
+    let max = [&a, &b].map(|ran| ran.number("/latency_us/max")).into_iter().max().unwrap();
+    assert_eq!(merged["latency_us"]["max"], max);
+    let (code, _) = program(&["merge", one, two, "--threshold", "accepted == 399"]).await;
+    assert_eq!(code, 1);
+    let (code, text) = program(&["merge", one, one]).await;
+    assert_eq!(code, 64, "{text}");
+    let (code, text) = program(&["compare", one, two]).await;
+    assert!(code == 0 && text.contains("purchase accepted") && text.contains("pass → pass"), "{text}");
+    let (html, junit) = (html.to_str().unwrap(), junit.to_str().unwrap());
+    let (code, _) = program(&["show", sum, "--html", html, "--junit", junit]).await;
+    assert_eq!(code, 0);
+    let page = std::fs::read_to_string(html).unwrap();
+    assert!(
+        page.contains("<svg") && !page.contains("http://www") && !page.contains("<script"),
+        "self-contained"
+    );
+    assert!(std::fs::read_to_string(junit).unwrap().contains("failures=\"0\""));
+}
