@@ -18,8 +18,11 @@ use tokio_util::task::TaskTracker;
 use crate::admission::{ClientAddress, Limiter, open_rings};
 use crate::audit;
 use crate::config::{Config, QueueKind};
+use crate::cross_center::CrossCenter;
+use crate::cross_center::session::Sessions;
 use crate::http::{
-    self, AdminState, Auditor, PublicState, Readiness, ServeOptions, Stage, admin_router, public_router,
+    self, AdminState, Auditor, InternalState, PublicState, Readiness, Relay, ServeOptions, Stage,
+    admin_router, internal_router, public_router,
 };
 use crate::inventory::{Inventory, Parts};
 use crate::orders::{
@@ -122,6 +125,7 @@ async fn serve(
         config.listen.admin_url(),
         config.listen.internal_url(),
     );
+    let instance_id = me.id.as_str().to_owned();
     let instances = Instances::start(stores.instances, Some(me), tracker, stop.clone());
 
     let options = StoreOptions {
@@ -151,19 +155,24 @@ async fn serve(
         stop.clone(),
     )?;
     metrics.register(|registry| guardian.metrics().register(registry));
+    let keys = config.cross_center.keyring(config.center.id.clone())?;
+    let sessions = Sessions::new(keys.clone(), instance_id);
+    let cross = keys.own().is_some().then(|| CrossCenter::new(keys, topology.clone(), instances.clone()));
+    let relay = Relay::new(cross.clone());
     let parts = Parts {
         ledger: &config.ledger,
         inventory: &config.inventory,
         retry_window_ms: u64::from(config.sales.retry_window_s) * 1000,
         topology: topology.clone(),
         authority: authority.clone(),
+        cross: cross.clone(),
     };
     let inventory = Inventory::start(&parts, tracker, stop, fatal)?;
     metrics.register(|registry| inventory.metrics().register(registry));
     let client = redis::Client::open(redis_url.as_str()).context("ledger.partitions")?;
     let queue = queue(config, &topology, &metrics)?;
-    let workers =
-        Workers::spawn(&orders, &[client], &authority, &queue, &worker_options(config), tracker, stop);
+    let worker_options = WorkerOptions { cross, ..worker_options(config) };
+    let workers = Workers::spawn(&orders, &[client], &authority, &queue, &worker_options, tracker, stop);
     let limiter = Limiter::new(&topology.current().limits);
     tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
 
@@ -181,6 +190,7 @@ async fn serve(
         addresses: ClientAddress::new(config.limits.trusted_proxies.clone()),
         topology: topology.clone(),
         metrics: Arc::clone(&metrics),
+        relay: relay.clone(),
         shutdown: ending.clone(),
     });
     let admin = admin_router(AdminState {
@@ -188,21 +198,35 @@ async fn serve(
         orders: orders.clone(),
         workers,
         tokens,
-        topology,
+        topology: topology.clone(),
         authority: authority.clone(),
         center: config.center.id.clone(),
         default_currency: config.sales.default_currency,
         auditor,
         guardian,
         instances: instances.clone(),
+        relay,
         readiness: readiness.clone(),
-        metrics,
+        metrics: Arc::clone(&metrics),
     });
     let options = ServeOptions {
         drain_deadline: Duration::from_secs(config.shutdown.drain_deadline_s),
         ..ServeOptions::default()
     };
     let mut servers = JoinSet::new();
+    if let Some(listener) = listeners.internal {
+        let internal = internal_router(InternalState {
+            sessions,
+            inventory: inventory.clone(),
+            orders: orders.clone(),
+            topology,
+            public: public.clone(),
+            admin: admin.clone(),
+            tasks: tracker.clone(),
+            metrics,
+        });
+        servers.spawn(http::serve(listener, internal, options.clone(), ending.clone()));
+    }
     servers.spawn(http::serve(listeners.public, public, options.clone(), ending.clone()));
     // Probes and operators are answered until the end of the drain.
     let admin_ending = CancellationToken::new();
@@ -296,6 +320,7 @@ fn worker_options(config: &Config) -> WorkerOptions {
         expiry_interval_ms: orders.expiry_interval_ms,
         expiry_grace_s: orders.expiry_grace_s,
         release_interval_ms: orders.release_interval_ms,
+        cross: None,
         outbox_retention_s: orders.outbox_retention_s,
     }
 }

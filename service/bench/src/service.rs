@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::routing::get;
 use seckill::admission::{ClientAddress, Key, Limiter, Ring, Tickets, Tokens};
 use seckill::config::{InventoryConfig, LedgerConfig, SecretUrl};
-use seckill::http::{PublicState, ServeOptions, public_router, serve};
+use seckill::http::{Relay, PublicState, ServeOptions, public_router, serve};
 use seckill::inventory::{Inventory, Parts};
 use seckill::orders::{OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
 use seckill::telemetry::Metrics;
@@ -79,6 +79,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         retry_window_ms: 0,
         topology: topology.clone(),
         authority: authority.clone(),
+        cross: None,
     };
     let inventory = Inventory::start(&parts, &tracker, &stop, &stop)?;
     if args.workers {
@@ -108,6 +109,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
         addresses: ClientAddress::new(Vec::new()),
         topology,
         metrics: Arc::new(Metrics::new()),
+        relay: Relay::default(),
         shutdown: stop.clone(),
     })
     .route("/bench/stored", get(async move || stored.get().to_string()));

@@ -15,7 +15,9 @@ pub const ENV_PREFIX: &str = "SECKILL__";
 
 /// Optional keys that hold text. The default file shows them in comments only, so their type is not to be seen
 /// there, and a secret of digits must not become a number.
-const TEXT_KEYS: [&str; 15] = [
+const TEXT_KEYS: [&str; 17] = [
+    "id",
+    "center",
     "secret",
     "secret_file",
     "public_key_file",
@@ -228,6 +230,14 @@ fn refuse_secrets(table: &Table) -> Result<(), ConfigError> {
         return Err(ConfigError::SecretInFile {
             key: "topology.etcd.password".to_owned(),
             instead: format!("password_file, or {ENV_PREFIX}TOPOLOGY__ETCD__PASSWORD"),
+        });
+    }
+    let keys = table.get("cross_center").and_then(|section| section.get("keys"));
+    let mut keys = keys.and_then(Value::as_array).into_iter().flatten();
+    if let Some(index) = keys.position(|key| key.get("secret").is_some()) {
+        return Err(ConfigError::SecretInFile {
+            key: format!("cross_center.keys[{index}].secret"),
+            instead: format!("secret_file, or {ENV_PREFIX}CROSS_CENTER__KEYS__{index}__SECRET"),
         });
     }
     let urls = [("ledger", "partitions"), ("orders", "database_url")];

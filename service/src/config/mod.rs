@@ -9,6 +9,7 @@
 
 mod auth;
 mod centers;
+mod cross_center;
 mod etcd;
 mod kafka;
 mod load;
@@ -26,6 +27,7 @@ use crate::topology::{self, Durability, Limits, Rate};
 pub use auth::{
     AuthConfig, KeyAlgorithm, KeyConfig, KeyError, KeyMaterial, KeyRing, Secret, without_newline,
 };
+pub use cross_center::{CrossCenterConfig, CrossCenterError, CrossKeyConfig};
 pub use etcd::{EtcdConfig, Stores};
 pub use kafka::{KafkaCluster, KafkaConfig, KafkaSecretError};
 pub use load::{ConfigError, DEFAULT_TOML, ENV_PREFIX, process_env};
@@ -52,6 +54,8 @@ pub struct Config {
     pub kafka: KafkaConfig,
     /// Whose tokens are believed.
     pub auth: AuthConfig,
+    /// Calls between centers.
+    pub cross_center: CrossCenterConfig,
     /// Rate limits that a new topology starts with, and the proxies that may name a client's address.
     pub limits: LimitsConfig,
     /// The config center.

@@ -9,12 +9,15 @@
 //! What a request must look like, to the letter, stands in [`signature`]. A request that does not is refused with
 //! a [`Refusal`] before anything of it is read but its digest.
 
+pub mod calls;
+mod client;
 mod keyring;
 mod refusal;
 pub mod session;
 pub mod signature;
 mod window;
 
+pub use client::{CallError, CrossCenter};
 pub use keyring::{CrossKey, Keyring, KeyringError, MacKey};
 pub use refusal::Refusal;
 pub use window::{ReplayWindow, WINDOW};

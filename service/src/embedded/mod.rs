@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 pub use data_dir::{DataDir, DataDirError};
 pub use redis_server::{RedisError, RedisOptions, RedisServer};
 
-use crate::config::{CenterSpec, ClusterConfig, Config, KeyConfig, SecretUrl};
+use crate::config::{CenterSpec, ClusterConfig, Config, CrossKeyConfig, KeyConfig, SecretUrl};
 use crate::shift::ServerProcess;
 use crate::topology::{Durability, FileStore, StoreError};
 
@@ -309,11 +309,29 @@ fn configure(
     config.ledger.diverged_dir.clone_from(&folder);
     config.orders.database_url = SecretUrl::new(format!("sqlite:{}", folder.join("orders.db").display()));
     config.topology.path = data_dir.join(TOPOLOGY_FILE);
+    if plans.len() > 1 {
+        config.cross_center.keys = cross_keys(data_dir, plans)?;
+    }
     config.cluster = ClusterConfig { durability: options.durability, centers: plans.to_vec() };
     if config.sales.default_currency.is_none() {
         config.sales.default_currency = DEFAULT_CURRENCY.parse::<Currency>().ok();
     }
     Ok(config)
+}
+
+/// What the centers sign their calls to each other with: a key for each.
+fn cross_keys(data_dir: &DataDir, plans: &[CenterSpec]) -> Result<Vec<CrossKeyConfig>, DataDirError> {
+    let key = |plan: &CenterSpec| {
+        let file = format!("cross-{}-secret", plan.id);
+        data_dir.secret(&file)?;
+        Ok(CrossKeyConfig {
+            id: format!("{}-dev", plan.id),
+            center: plan.id.clone(),
+            secret_file: Some(data_dir.join(&file)),
+            secret: None,
+        })
+    };
+    plans.iter().map(key).collect()
 }
 
 fn authentication(data_dir: &DataDir, config: &mut Config) -> Result<PathBuf, DataDirError> {

@@ -10,7 +10,9 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use http::header::{CONTENT_TYPE, ETAG, IF_MATCH, LOCATION};
 use http::{HeaderMap, HeaderValue, StatusCode};
-use seckill_domain::{Clock, OrderId, OrderStatus, SaleId, SalePatch, SalePhase, SaleSpec, SystemClock, Uid};
+use seckill_domain::{
+    CenterId, Clock, OrderId, OrderStatus, SaleId, SalePatch, SalePhase, SaleSpec, SystemClock, Uid,
+};
 use seckill_ledger::StateChange;
 use seckill_ledger::read::Sale;
 use serde::{Deserialize, Serialize};
@@ -21,6 +23,7 @@ use super::call::{Call, MAX_BODY_BYTES, Routes, private_json};
 use super::orders::Paging;
 use super::problem::{Code, Problem};
 use super::purchases::IDEMPOTENT_REPLAYED;
+use super::relay::{RelayCall, Vouched};
 use crate::admission::Actor;
 use crate::archive::archive;
 use crate::orders::{Cursor, OrderFilter, Page};
@@ -62,7 +65,20 @@ pub(super) fn add(routes: Routes<AdminState>) -> Routes<AdminState> {
 
 impl AdminState {
     pub(super) fn operator(&self, call: &Call) -> Result<Actor, Problem> {
-        Ok(self.tokens.admin(call.bearer()?)?)
+        match call.vouched().and_then(Vouched::actor) {
+            Some(actor) => Ok(actor),
+            None => Ok(self.tokens.admin(call.bearer()?)?),
+        }
+    }
+
+    /// The master center's answer, where that is another one than this.
+    async fn elsewhere(&self, call: &mut Call, actor: &Actor) -> Result<Option<Response>, Problem> {
+        match self.relay.other_master() {
+            Some(master) => {
+                self.relay.forward(&master, call, Vouched::Admin(actor.to_string())).await.map(Some)
+            }
+            None => Ok(None),
+        }
     }
 
     async fn sale(&self, id: &SaleId) -> Result<Sale, Problem> {
@@ -118,8 +134,11 @@ async fn list_sales(state: Arc<AdminState>, call: Call) -> Result<Response, Prob
     private_json(&json!({ "sales": sales, "as_of": view.as_of(), "age_ms": view.age_ms() }))
 }
 
-async fn get_sale(state: Arc<AdminState>, call: Call) -> Result<Response, Problem> {
-    state.operator(&call)?;
+async fn get_sale(state: Arc<AdminState>, mut call: Call) -> Result<Response, Problem> {
+    let actor = state.operator(&call)?;
+    if let Some(answer) = state.elsewhere(&mut call, &actor).await? {
+        return Ok(answer);
+    }
     sale_response(&state.sale(&call.sale_id(3)?).await?)
 }
 
@@ -130,6 +149,9 @@ async fn create_sales(state: Arc<AdminState>, mut call: Call) -> Result<Response
     if matches!(&*media, "application/x-ndjson" | "application/ndjson" | "application/jsonl") {
         let body = call.bytes(MAX_BULK_BYTES).await?;
         return create_many(&state, &actor, &body).await;
+    }
+    if let Some(answer) = state.elsewhere(&mut call, &actor).await? {
+        return Ok(answer);
     }
     let body = call.bytes(MAX_BODY_BYTES).await?;
     let (spec, new) = create_one(&state, &actor, &body).await.map_err(|(_, problem)| problem)?;
@@ -149,6 +171,12 @@ async fn create_one(
 ) -> Result<(SaleSpec, bool), (Option<SaleId>, Problem)> {
     let spec: SaleSpec =
         serde_json::from_slice(body).map_err(|error| (None, Problem::bad_request(error.to_string())))?;
+    if let Some(master) = state.relay.other_master() {
+        return match create_elsewhere(state, &master, actor, body).await {
+            Ok(new) => Ok((spec, new)),
+            Err(problem) => Err((Some(spec.sale_id), problem)),
+        };
+    }
     match state.inventory.create_sale(spec.clone(), state.default_currency).await {
         Ok(created) => {
             if created.new {
@@ -157,6 +185,28 @@ async fn create_one(
             Ok((spec, created.new))
         }
         Err(error) => Err((Some(spec.sale_id), error.into())),
+    }
+}
+
+/// Has the master center create a sale; whether it is new there.
+async fn create_elsewhere(
+    state: &AdminState,
+    master: &CenterId,
+    actor: &Actor,
+    body: &[u8],
+) -> Result<bool, Problem> {
+    let call = RelayCall {
+        vouched: Vouched::Admin(actor.to_string()),
+        method: "POST".to_owned(),
+        path: "/admin/v1/sales".to_owned(),
+        headers: vec![("content-type".to_owned(), "application/json".to_owned())],
+        body: String::from_utf8_lossy(body).into_owned(),
+    };
+    let answer = state.relay.ask(master, false, call).await?;
+    match answer.status {
+        200 => Ok(false),
+        201 => Ok(true),
+        _ => Err(Problem::relayed(&answer.body)),
     }
 }
 
@@ -223,6 +273,9 @@ async fn create_many(state: &AdminState, actor: &Actor, body: &Bytes) -> Result<
 
 async fn update_sale(state: Arc<AdminState>, mut call: Call) -> Result<Response, Problem> {
     let actor = state.operator(&call)?;
+    if let Some(answer) = state.elsewhere(&mut call, &actor).await? {
+        return Ok(answer);
+    }
     let id = call.sale_id(3)?;
     let based_on = if_match(call.headers())?;
     let patch: SalePatch = call.json().await?;
@@ -246,6 +299,9 @@ async fn add_stock(state: Arc<AdminState>, mut call: Call) -> Result<Response, P
         delta: i64,
     }
     let actor = state.operator(&call)?;
+    if let Some(answer) = state.elsewhere(&mut call, &actor).await? {
+        return Ok(answer);
+    }
     let id = call.sale_id(3)?;
     let key = call.idempotency_key()?;
     let StockBody { delta } = call.json().await?;
@@ -267,6 +323,9 @@ async fn add_stock(state: Arc<AdminState>, mut call: Call) -> Result<Response, P
 
 async fn set_state(state: Arc<AdminState>, mut call: Call, change: StateChange) -> Result<Response, Problem> {
     let actor = state.operator(&call)?;
+    if let Some(answer) = state.elsewhere(&mut call, &actor).await? {
+        return Ok(answer);
+    }
     let id = call.sale_id(3)?;
     call.no_fields().await?;
     let changed = state.inventory.set_state(&id, change).await?;
@@ -278,6 +337,9 @@ async fn set_state(state: Arc<AdminState>, mut call: Call, change: StateChange) 
 
 async fn archive_sale(state: Arc<AdminState>, mut call: Call) -> Result<Response, Problem> {
     let actor = state.operator(&call)?;
+    if let Some(answer) = state.elsewhere(&mut call, &actor).await? {
+        return Ok(answer);
+    }
     let id = call.sale_id(3)?;
     call.no_fields().await?;
     let archived = archive(&state.inventory, &state.orders, &id).await?;
@@ -338,9 +400,12 @@ async fn list_orders(state: Arc<AdminState>, call: Call) -> Result<Response, Pro
     private_json(&Orders { orders: items, next_cursor: next })
 }
 
-async fn get_order(state: Arc<AdminState>, call: Call) -> Result<Response, Problem> {
-    state.operator(&call)?;
+async fn get_order(state: Arc<AdminState>, mut call: Call) -> Result<Response, Problem> {
+    let actor = state.operator(&call)?;
     let order_id: OrderId = call.order_id(3)?;
+    if let Some(home) = state.relay.other_home(order_id.table()) {
+        return state.relay.forward(&home, &mut call, Vouched::Admin(actor.to_string())).await;
+    }
     if let Some(order) = state.orders.admin_order(order_id).await? {
         return private_json(&order);
     }

@@ -23,6 +23,7 @@ use seckill_domain::{IdempotencyKey, OrderId, SaleId};
 use serde::de::DeserializeOwned;
 
 use super::problem::{Code, Problem};
+use super::relay::Vouched;
 use crate::telemetry::{Metrics, StatusClass};
 
 /// The largest body of a call.
@@ -49,6 +50,11 @@ impl Call {
     /// The peer's address; none in tests without a connection.
     pub(super) fn peer(&self) -> Option<IpAddr> {
         self.parts.extensions.get::<Peer>().map(|peer| peer.0.ip())
+    }
+
+    /// Who sent it, where another center has verified that.
+    pub(super) fn vouched(&self) -> Option<&Vouched> {
+        self.parts.extensions.get()
     }
 
     /// The token of `Authorization: Bearer …`.

@@ -11,9 +11,9 @@ use axum::body::Body;
 use axum::response::Response;
 use bytes::Bytes;
 use futures_util::Stream;
-use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName};
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, LOCATION};
 use http::{HeaderValue, StatusCode};
-use seckill_domain::{Clock, OrderId, SaleId, SalePhase, SystemClock};
+use seckill_domain::{CenterId, Clock, OrderId, SaleId, SalePhase, SystemClock};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::{Instant, sleep_until};
@@ -23,6 +23,7 @@ use super::Public;
 use super::call::{Call, private_json};
 use super::orders::Found;
 use super::problem::{Code, Problem};
+use super::relay::{SECKILL_HOME, Vouched};
 use crate::admission::TICKET_TTL_S;
 use crate::orders::Subscription;
 use crate::telemetry::{InFlight, Metrics};
@@ -92,6 +93,10 @@ pub(super) async fn order(public: Arc<Public>, call: Call) -> Result<Response, P
     struct Query {
         ticket: Option<String>,
     }
+    let table = call.order_id(2)?.table();
+    if let Some(home) = public.state.relay.other_home(table) {
+        return at_home(&public, &call, &home);
+    }
     let found = match call.query::<Query>()?.ticket {
         Some(ticket) => {
             let address = call.peer().map(|peer| public.state.addresses.of(peer, call.headers()));
@@ -143,6 +148,9 @@ pub(super) async fn ticket(public: Arc<Public>, mut call: Call) -> Result<Respon
         events_url: String,
     }
     let uid = public.owner(&call)?;
+    if let Some(answer) = public.elsewhere(&mut call, uid.table(), Vouched::User(uid.clone())).await? {
+        return Ok(answer);
+    }
     let order_id = call.order_id(2)?;
     call.no_fields().await?;
     public.find_own(&uid, order_id).await?;
@@ -150,6 +158,21 @@ pub(super) async fn ticket(public: Arc<Public>, mut call: Call) -> Result<Respon
     let events_url = format!("/v1/orders/{order_id}/events?ticket={ticket}");
     let mut response = private_json(&Ticket { ticket, expires_in_s: TICKET_TTL_S, events_url })?;
     *response.status_mut() = StatusCode::CREATED;
+    Ok(response)
+}
+
+/// A stream is not passed on: the client is sent to the center that has the order.
+fn at_home(public: &Public, call: &Call, home: &CenterId) -> Result<Response, Problem> {
+    let topology = public.state.topology.current();
+    let base = topology.center(home).map_or("", |center| center.public_url.as_str());
+    let path = call.parts.uri.path_and_query().map_or("/", |path| path.as_str());
+    let location = HeaderValue::try_from(format!("{}{path}", base.trim_end_matches('/')));
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+    response.headers_mut().insert(LOCATION, location.map_err(Problem::internal)?);
+    response
+        .headers_mut()
+        .insert(SECKILL_HOME, HeaderValue::try_from(home.as_str()).map_err(Problem::internal)?);
     Ok(response)
 }
 

@@ -1,4 +1,4 @@
-//! The HTTP listeners: public (shoppers, the shop's backend) and admin (operators, probes).
+//! The HTTP listeners: public (shoppers, the shop's backend), admin (operators, probes), internal (other centers).
 //!
 //! Handlers translate between HTTP and the use cases; they decide nothing. [`problem`] is the only place that knows
 //! status codes of errors. `docs/openapi.yaml` describes every route and is served as `/openapi.yaml`.
@@ -7,10 +7,12 @@ mod admin;
 mod call;
 mod events;
 mod health;
+mod internal;
 mod ledger;
 mod orders;
 pub mod problem;
 mod purchases;
+mod relay;
 mod route;
 mod sales;
 mod server;
@@ -27,6 +29,8 @@ use tokio_util::sync::CancellationToken;
 pub use admin::Auditor;
 pub use call::Peer;
 pub use health::{Readiness, Stage};
+pub use internal::{InternalState, internal_router};
+pub use relay::Relay;
 pub use server::{ServeOptions, serve};
 
 use crate::admission::{ClientAddress, Limiter, Tickets, Tokens};
@@ -67,6 +71,8 @@ pub struct PublicState {
     pub topology: TopologyHandle,
     /// All metrics.
     pub metrics: Arc<Metrics>,
+    /// Passes on what other centers have to answer.
+    pub relay: Relay,
     /// Ends the event streams, and with them their connections.
     pub shutdown: CancellationToken,
 }
@@ -95,6 +101,8 @@ pub struct AdminState {
     pub guardian: GuardianHandle,
     /// The instances that are alive.
     pub instances: Instances,
+    /// Passes on what the master center has to do.
+    pub relay: Relay,
     /// Whether this instance takes requests.
     pub readiness: Readiness,
     /// All metrics.

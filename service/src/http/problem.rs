@@ -13,6 +13,7 @@ use seckill_ledger::Executed;
 
 use crate::admission::{Limited, Unauthenticated};
 use crate::archive;
+use crate::cross_center::Refusal;
 use crate::inventory::{PurchaseError, SaleError, Unavailable};
 use crate::orders;
 use crate::topology::StoreError;
@@ -185,6 +186,23 @@ impl Problem {
         Problem::with_detail(Code::AmountMismatch, format!("{due} is due")).member("due", due)
     }
 
+    /// A problem that another center answered with.
+    pub(super) fn relayed(body: &str) -> Problem {
+        #[derive(serde::Deserialize)]
+        struct Told {
+            code: String,
+            #[serde(default)]
+            detail: String,
+        }
+        match serde_json::from_str::<Told>(body) {
+            Ok(told) => match Code::ALL.iter().find(|code| code.as_str() == told.code) {
+                Some(code) => Problem::with_detail(*code, told.detail),
+                None => Problem::internal(format!("another center answered {}", told.code)),
+            },
+            Err(error) => Problem::internal(error),
+        }
+    }
+
     /// The code.
     pub fn code(&self) -> Code {
         self.code
@@ -288,6 +306,24 @@ impl Problem {
         }
         response
     }
+}
+
+/// The answer to a request of another center that was refused. Nothing of it was executed.
+pub(super) fn refused(refusal: Refusal) -> Response {
+    let body = serde_json::json!({
+        "type": format!("urn:seckill:problem:{}", refusal.code()),
+        "title": "The request of the other center was refused",
+        "status": StatusCode::UNAUTHORIZED.as_u16(),
+        "detail": refusal.to_string(),
+        "code": refusal.code(),
+        "retryable": false,
+        "executed": "no",
+    });
+    let mut response = Response::new(Body::from(body.to_string()));
+    *response.status_mut() = StatusCode::UNAUTHORIZED;
+    response.headers_mut().insert(CONTENT_TYPE, PROBLEM_JSON);
+    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    response
 }
 
 fn push_json_text(body: &mut String, text: &str) {

@@ -90,9 +90,9 @@ impl Waiting {
 
 /// Where the buyer is at home.
 #[derive(Clone)]
-struct Home {
-    center: CenterId,
-    number: CenterNumber,
+pub(super) struct Home {
+    pub(super) center: CenterId,
+    pub(super) number: CenterNumber,
 }
 
 /// All lanes of this service.
@@ -137,21 +137,36 @@ impl Lanes {
     /// Puts a purchase into its user's lane and waits for the answer.
     pub(super) async fn purchase(&self, purchase: Purchase) -> Result<Accepted, PurchaseError> {
         let home = self.home_of(&purchase)?;
-        let (answer, outcome) = oneshot::channel();
-        let lane = self.lane_of(&purchase);
-        let deadline = Instant::now() + self.deadline;
-        let waiting = Waiting { purchase, home, deadline, held: None, doubt: None, answer };
-        match lane.try_send(waiting) {
-            Ok(()) => {}
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                self.metrics.overloaded.inc();
-                return Err(PurchaseError::Overloaded);
-            }
-            // The lane has ended: the service is shutting down and nothing was sent.
-            Err(mpsc::error::TrySendError::Closed(_)) => return Err(PurchaseError::Overloaded),
-        }
+        let outcome = self.put(purchase, home, Instant::now() + self.deadline)?;
         // A lane answers everything that it took. If it dies all the same, nobody knows what it had sent.
         outcome.await.unwrap_or(Err(PurchaseError::MasterUnreachable { executed: Executed::Unknown }))
+    }
+
+    /// Puts a purchase into its user's lane; the answer comes by itself, at the latest when the deadline has
+    /// passed.
+    pub(super) fn put(
+        &self,
+        purchase: Purchase,
+        home: Home,
+        deadline: Instant,
+    ) -> Result<oneshot::Receiver<Result<Accepted, PurchaseError>>, PurchaseError> {
+        let (answer, outcome) = oneshot::channel();
+        let lane = self.lane_of(&purchase);
+        let waiting = Waiting { purchase, home, deadline, held: None, doubt: None, answer };
+        match lane.try_send(waiting) {
+            Ok(()) => Ok(outcome),
+            Err(mpsc::error::TrySendError::Full(_)) => {
+                self.metrics.overloaded.inc();
+                Err(PurchaseError::Overloaded)
+            }
+            // The lane has ended: the service is shutting down and nothing was sent.
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(PurchaseError::Overloaded),
+        }
+    }
+
+    /// How long a purchase may take.
+    pub(super) fn deadline(&self) -> Duration {
+        self.deadline
     }
 
     /// The purchases of one user share a lane, so that a double click meets itself in one batch.
@@ -254,8 +269,9 @@ impl Lane {
             self.drop_late(batch);
             let Some(first) = batch.first() else { return };
             let sale = first.purchase.sale_id.clone();
+            let deadline = batch.iter().map(|waiting| waiting.deadline).max().unwrap_or(first.deadline);
             let entries = batch.iter().map(Waiting::entry).collect();
-            match self.route.attempt(&sale, entries).await {
+            match self.route.attempt(&sale, entries, deadline).await {
                 Attempt::Done(verdicts) => {
                     answer(batch, verdicts);
                     if batch.is_empty() {

@@ -10,14 +10,17 @@ mod error;
 mod lane;
 mod local;
 mod metrics;
+mod remote;
 mod route;
 mod sales;
+mod serving;
 mod snapshot;
 mod sold_out;
 #[cfg(test)]
 mod tests;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use seckill_domain::{CenterId, Epoch, KeyDigest, OrderId, OrderRecord, Quantity, SaleId, Uid};
 use seckill_ledger::roles::Role;
@@ -33,6 +36,7 @@ pub use sales::{Archived, Created, SaleChanged, StockChanged};
 pub use snapshot::{SaleView, SalesView};
 
 use crate::config::{InventoryConfig, LedgerConfig};
+use crate::cross_center::CrossCenter;
 use crate::topology::{Authority, NoAuthority, TopologyHandle};
 
 /// The one inventory partition that exists for now.
@@ -93,6 +97,8 @@ pub struct Parts<'a> {
     pub topology: TopologyHandle,
     /// Whether, and under which fence, this service may write.
     pub authority: Authority,
+    /// The way to other centers, where there are any.
+    pub cross: Option<CrossCenter>,
 }
 
 impl Inventory {
@@ -126,6 +132,14 @@ impl Inventory {
         let barrier = Barrier::start(&target, &parts.authority, &metrics.barrier, tracker, fatal);
         let route = || route::Route {
             authority: parts.authority.clone(),
+            remote: parts.cross.clone().map(|cross| {
+                remote::Remote::new(
+                    cross,
+                    Duration::from_millis(parts.ledger.response_timeout_ms),
+                    Arc::clone(&sold_out),
+                    Arc::clone(&metrics),
+                )
+            }),
             local: local::Local::new(
                 target.clone(),
                 barrier.clone(),

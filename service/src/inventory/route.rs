@@ -7,9 +7,11 @@
 use futures_util::future::BoxFuture;
 use seckill_domain::{OrderId, SaleId};
 use seckill_ledger::ReserveEntry;
+use tokio::time::Instant;
 
 use super::error::PurchaseError;
 use super::local::Local;
+use super::remote::Remote;
 use crate::topology::{Acknowledge, Authority, Cause};
 
 /// What one attempt came to for one purchase.
@@ -54,6 +56,8 @@ impl Attempt {
 pub(super) struct Route {
     pub(super) authority: Authority,
     pub(super) local: Local,
+    /// None where there is one center.
+    pub(super) remote: Option<Remote>,
 }
 
 impl Route {
@@ -67,12 +71,23 @@ impl Route {
     }
 
     /// Attempts a batch of one sale with the decider that the topology names now: this center's Redis while the
-    /// authority grants writes to it. `Cause::NotMaster` is where another center's decider takes over.
-    pub(super) async fn attempt(&mut self, sale: &SaleId, entries: Vec<ReserveEntry>) -> Attempt {
+    /// authority grants writes to it, an instance of the master center while that is another one. Nobody waits
+    /// for the verdicts beyond `deadline`.
+    pub(super) async fn attempt(
+        &mut self,
+        sale: &SaleId,
+        entries: Vec<ReserveEntry>,
+        deadline: Instant,
+    ) -> Attempt {
         let refusal = match self.authority.grant() {
             Ok(grant) => return self.local.attempt(&grant, sale, &entries).await,
             Err(refusal) => refusal,
         };
+        if refusal.cause == Cause::NotMaster
+            && let Some(remote) = &self.remote
+        {
+            return remote.attempt(sale, entries, deadline).await;
+        }
         let needs_somebody = refusal.cause.needs_somebody();
         let error = PurchaseError::NoAuthority(refusal.reason);
         let verdict = if needs_somebody { Verdict::GivenUp(error) } else { Verdict::NotExecuted(error) };

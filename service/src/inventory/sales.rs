@@ -174,7 +174,7 @@ impl Inventory {
     }
 
     /// Takes the permission, and a connection that it holds for.
-    async fn begin(&self) -> Result<Write, Unavailable> {
+    pub(super) async fn begin(&self) -> Result<Write, Unavailable> {
         let grant = self.0.authority.grant().map_err(|refusal| Unavailable::NoAuthority(refusal.reason))?;
         self.write_of(grant, self.conn().await?).await
     }
@@ -199,7 +199,7 @@ impl Inventory {
         Ok(Write { grant, conn, run_id, barrier: self.0.barrier.upgrade() })
     }
 
-    async fn conn(&self) -> Result<deadpool_redis::Connection, Unavailable> {
+    pub(super) async fn conn(&self) -> Result<deadpool_redis::Connection, Unavailable> {
         Ok(self.0.pool.get().await?)
     }
 }
@@ -208,8 +208,8 @@ impl Inventory {
 /// made before. Repeating an unknown one is safe: a sale is created once for each body, stock changes once for
 /// each key, and the other changes set what they set.
 pub(super) struct Write {
-    grant: Arc<Grant>,
-    conn: deadpool_redis::Connection,
+    pub(super) grant: Arc<Grant>,
+    pub(super) conn: deadpool_redis::Connection,
     run_id: Arc<str>,
     barrier: Option<Barrier>,
 }

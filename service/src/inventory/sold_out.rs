@@ -145,6 +145,11 @@ impl SoldOut {
         self.work.notify_one();
     }
 
+    /// The stock mark of a sale's marker, for other centers' markers.
+    pub(super) fn mark_of(&self, sale: &SaleId) -> Option<StockMark> {
+        self.read().get(sale).and_then(|indexed| indexed.marker.as_ref()).map(|marker| marker.mark)
+    }
+
     fn fingerprint(&self, uid: &Uid) -> u64 {
         self.hasher.hash_one(uid.as_str())
     }

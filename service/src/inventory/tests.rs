@@ -64,7 +64,14 @@ impl Pair {
         let ledger =
             LedgerConfig { partitions: vec![SecretUrl::new(master.url())], ..LedgerConfig::default() };
         let config = InventoryConfig { deadline_ms, ..InventoryConfig::default() };
-        let parts = Parts { ledger: &ledger, inventory: &config, retry_window_ms: 0, topology, authority };
+        let parts = Parts {
+            ledger: &ledger,
+            inventory: &config,
+            retry_window_ms: 0,
+            topology,
+            authority,
+            cross: None,
+        };
         let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
         Pair { master, replica, fence, inventory, stop, _dir: dir }
     }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use redis::aio::MultiplexedConnection;
-use seckill_domain::{Epoch, OrderId, SaleId};
+use seckill_domain::{CenterId, Epoch, OrderId, SaleId};
 use seckill_ledger::{ReleaseEntry, ReleaseOutcome, release, roles};
 use tokio_util::sync::CancellationToken;
 
@@ -18,12 +18,14 @@ use super::error::Error;
 use super::model::Release;
 use super::store::OrderStore;
 use super::workers::{Link, Streak, WorkerOptions, pause, sleep};
-use crate::topology::Grant;
+use crate::cross_center::{CrossCenter, calls};
 
 /// Records looked at in one round.
 const ROUND: u32 = 2048;
 /// Orders in one call: purchases wait for the ledger meanwhile, some 0.3 ms.
 const CALL: usize = 256;
+/// How long the master center may take for one call.
+const REMOTE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Sales that may fail in one round before the others are given up too.
 const MAX_TROUBLED: usize = 16;
 
@@ -122,8 +124,8 @@ impl Releases {
     /// How many records are kept because they were sent in this, degraded, epoch. Those of an earlier one are sent
     /// again.
     fn kept(&self, kept: &mut Kept) -> usize {
-        let now = self.links.first().and_then(|link| link.authority.grant().ok());
-        if now.is_some_and(|grant| Some(grant.fence.epoch) != kept.epoch) {
+        let now = self.links.first().and_then(Link::epoch);
+        if now.is_some_and(|epoch| Some(epoch) != kept.epoch) {
             kept.orders.clear();
         }
         kept.orders.len()
@@ -142,7 +144,7 @@ impl Releases {
             (Some(link), Some(conn)) => send(link, conn, sale_id, orders).await,
             _ => Err(seckill_ledger::Error::Rejected(format!("partition {partition} is not configured"))),
         };
-        let (outcomes, grant) = match outcomes {
+        let (outcomes, kept_at) = match outcomes {
             Ok(answered) => answered,
             Err(error) => return Ok(Err(error)),
         };
@@ -157,8 +159,8 @@ impl Releases {
                 }
             }
         }
-        if grant.degraded {
-            lines.kept.epoch = Some(grant.fence.epoch);
+        if kept_at.is_some() {
+            lines.kept.epoch = kept_at;
             lines.kept.orders.extend(done.drain(..));
         }
         self.store.releases_done(done, unknown).await?;
@@ -166,13 +168,19 @@ impl Releases {
     }
 }
 
-/// Sends one call on the partition's connection, which is made when it is missing and dropped when it failed.
+/// Sends one call on the partition's connection, which is made when it is missing and dropped when it failed; or to
+/// the master center, where that is another one. Says at which epoch, if the master was degraded.
 async fn send(
     link: &Link,
     slot: &mut Option<Connection>,
     sale_id: &SaleId,
     orders: &[ReleaseEntry],
-) -> Result<(Vec<ReleaseOutcome>, Arc<Grant>), seckill_ledger::Error> {
+) -> Result<(Vec<ReleaseOutcome>, Option<Epoch>), seckill_ledger::Error> {
+    if let Some(cross) = &link.cross
+        && let Some(master) = cross.other_master()
+    {
+        return send_on(cross, &master, sale_id, orders).await;
+    }
     let grant =
         link.authority.grant().map_err(|refusal| seckill_ledger::Error::Rejected(refusal.to_string()))?;
     let admitted = grant.run_id(link.partition);
@@ -194,7 +202,39 @@ async fn send(
         .await
         .map_err(|unconfirmed| seckill_ledger::Error::Rejected(unconfirmed.to_string()))?;
     *slot = Some((conn, run_id));
-    Ok((outcomes, grant))
+    let kept_at = grant.degraded.then_some(grant.fence.epoch);
+    Ok((outcomes, kept_at))
+}
+
+/// Has the master center release the orders.
+async fn send_on(
+    cross: &CrossCenter,
+    master: &CenterId,
+    sale_id: &SaleId,
+    orders: &[ReleaseEntry],
+) -> Result<(Vec<ReleaseOutcome>, Option<Epoch>), seckill_ledger::Error> {
+    let pairs = orders.iter().map(|entry| (entry.order_id, entry.uid.clone())).collect();
+    let call = calls::ReleaseCall { sale_id: sale_id.clone(), orders: pairs };
+    // Whether it happened or not: the records stay, and are sent again under the same order ids.
+    let answer: calls::ReleaseAnswer = cross
+        .call(master, calls::RELEASE, &call, REMOTE_TIMEOUT)
+        .await
+        .map_err(|error| seckill_ledger::Error::Rejected(error.to_string()))?;
+    if answer.outcomes.len() != orders.len() {
+        let text = "the master center answered for another number of orders";
+        return Err(seckill_ledger::Error::Malformed(text.to_owned()));
+    }
+    let kept_at = answer.kept_at.map(Epoch);
+    let outcomes = answer
+        .outcomes
+        .into_iter()
+        .map(|outcome| match outcome {
+            calls::ReleaseOutcome::Released => ReleaseOutcome::Released,
+            calls::ReleaseOutcome::AlreadyReleased => ReleaseOutcome::AlreadyReleased,
+            calls::ReleaseOutcome::Unknown => ReleaseOutcome::Unknown,
+        })
+        .collect();
+    Ok((outcomes, kept_at))
 }
 
 /// Orders by partition and sale: one call each, or a few.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client};
-use seckill_domain::OutboxId;
+use seckill_domain::{Epoch, OutboxId};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,6 +21,7 @@ use super::releases::Releases;
 use super::store::OrderStore;
 use super::tailer::Tailer;
 use super::trim::Trim;
+use crate::cross_center::CrossCenter;
 use crate::inventory::Barrier;
 use crate::topology::Authority;
 
@@ -43,6 +44,8 @@ pub struct WorkerOptions {
     pub release_interval_ms: u64,
     /// Outbox entries that were stored more recently stay.
     pub outbox_retention_s: u32,
+    /// The way to other centers, where there are any.
+    pub cross: Option<CrossCenter>,
 }
 
 impl Default for WorkerOptions {
@@ -53,6 +56,7 @@ impl Default for WorkerOptions {
             expiry_grace_s: 120,
             release_interval_ms: 100,
             outbox_retention_s: 3600,
+            cross: None,
         }
     }
 }
@@ -118,6 +122,7 @@ impl Workers {
                 authority: authority.clone(),
                 // A barrier that panicked confirms nothing more: the workers end and what they do waits.
                 barrier: Barrier::open(client.clone(), authority, tracker, token),
+                cross: options.cross.clone(),
             })
             .collect();
         let mut tailers = Vec::new();
@@ -195,9 +200,20 @@ pub(super) struct Link {
     pub(super) authority: Authority,
     /// What a write counts behind, and what an entry is read behind.
     pub(super) barrier: Barrier,
+    /// The way to the master center's ledger, where that is another one's.
+    pub(super) cross: Option<CrossCenter>,
 }
 
 impl Link {
+    /// The epoch that releases are made at now, here or in the master center.
+    pub(super) fn epoch(&self) -> Option<Epoch> {
+        match (self.authority.grant(), &self.cross) {
+            (Ok(grant), _) => Some(grant.fence.epoch),
+            (Err(_), Some(cross)) => cross.other_master().map(|_| cross.epoch()),
+            (Err(_), None) => None,
+        }
+    }
+
     /// A connection of the caller's own, which it may hold up.
     pub(super) async fn connect(&self) -> Result<MultiplexedConnection, seckill_ledger::Error> {
         let config = AsyncConnectionConfig::new()

@@ -53,7 +53,14 @@ impl Shop {
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
         let ledger =
             LedgerConfig { partitions: vec![SecretUrl::new(redis.url())], ..LedgerConfig::default() };
-        let parts = Parts { ledger: &ledger, inventory: &config, retry_window_ms: 0, topology, authority };
+        let parts = Parts {
+            ledger: &ledger,
+            inventory: &config,
+            retry_window_ms: 0,
+            topology,
+            authority,
+            cross: None,
+        };
         let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
         Shop { redis, fence, inventory, tracker, stop, _dir: dir }
     }

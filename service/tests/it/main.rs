@@ -5,6 +5,7 @@
 mod audit;
 mod client;
 mod crash;
+mod cross_center;
 mod inventory;
 mod ledger_lost;
 mod lifecycle;

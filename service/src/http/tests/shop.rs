@@ -121,6 +121,7 @@ impl Shop {
             retry_window_ms: 0,
             topology: topology.clone(),
             authority: authority.clone(),
+            cross: None,
         };
         let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
         let database = format!("sqlite:{}", dir.path().join("orders.db").display());
@@ -150,6 +151,7 @@ impl Shop {
             addresses: ClientAddress::default(),
             topology: topology.clone(),
             metrics: Arc::clone(&metrics),
+            relay: super::super::Relay::default(),
             shutdown: shutdown.clone(),
         });
         let (admin, admin_routes) = super::super::admin_routes(AdminState {
@@ -164,6 +166,7 @@ impl Shop {
             auditor: Arc::new(|_| Box::pin(async { Ok(json!({"verdict": "clean", "sales": []})) })),
             guardian: crate::shift::GuardianHandle::ended(),
             instances: crate::topology::Instances::fixed(Vec::new()),
+            relay: super::super::Relay::default(),
             readiness: readiness.clone(),
             metrics,
         });

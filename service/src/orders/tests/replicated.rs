@@ -60,7 +60,7 @@ fn link(server: &RedisServer, fence: &Fence, acknowledge: Acknowledge, degraded:
     let authority = Authority::fixed_grant(grant);
     let client = server.client();
     let barrier = Barrier::open(client.clone(), &authority, &TaskTracker::new(), &CancellationToken::new());
-    Link { partition: 0, client, authority, barrier }
+    Link { partition: 0, client, authority, barrier, cross: None }
 }
 
 const BOTH: Acknowledge = Acknowledge::Replicated { replicas: 1 };

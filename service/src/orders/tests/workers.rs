@@ -79,7 +79,7 @@ impl Shop {
         let (client, authority) = (self.redis.client(), self.authority());
         let barrier =
             Barrier::open(client.clone(), &authority, &TaskTracker::new(), &CancellationToken::new());
-        Link { partition: 0, client, authority, barrier }
+        Link { partition: 0, client, authority, barrier, cross: None }
     }
 
     pub(super) async fn remaining(&mut self, id: &str) -> u64 {
@@ -109,6 +109,7 @@ pub(super) fn options() -> WorkerOptions {
         expiry_grace_s: 120,
         release_interval_ms: 10,
         outbox_retention_s: 0,
+        cross: None,
     }
 }
 

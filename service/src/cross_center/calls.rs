@@ -1,0 +1,203 @@
+//! The calls between centers: paths, bodies, answers. All are `POST` with JSON, signed with a session's key.
+//!
+//! A release understands the answers of the next one as far as it has words for them: what it cannot read, it
+//! takes for an unknown outcome.
+
+use seckill_domain::{CenterNumber, KeyDigest, Millis, OrderId, OutboxId, Quantity, SaleId, Uid};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+/// Opens a session; signed with a long-term key.
+pub const SESSIONS: &str = "/internal/v1/sessions";
+/// Decides a batch of purchases: [`ReserveCall`], [`ReserveAnswer`].
+pub const RESERVE: &str = "/internal/v1/reserve";
+/// Gives units back: [`ReleaseCall`], [`ReleaseAnswer`].
+pub const RELEASE: &str = "/internal/v1/release";
+/// How far the center has stored the outbox: no body, [`OutboxAnswer`].
+pub const OUTBOX: &str = "/internal/v1/outbox";
+
+/// Purchases or releases in one call at most: what the ledger takes.
+pub const MAX_ENTRIES: usize = seckill_ledger::MAX_BATCH;
+/// The largest body of a call: [`MAX_ENTRIES`] entries of the longest user ids and trace contexts, and room.
+pub const MAX_BODY_BYTES: usize = 512 * 1024;
+
+/// Purchases of one sale, decided as if the callers stood in front of the master's own listener.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReserveCall {
+    /// The sale.
+    pub sale_id: SaleId,
+    /// How long the callers still wait, ms, counted from the moment when the call was sent.
+    pub deadline_ms: u64,
+    /// The purchases.
+    pub entries: Vec<ReserveLine>,
+}
+
+/// One purchase: user, digest of the key, quantity, number of the buyer's home center, trace context.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReserveLine(pub Uid, pub WireKey, pub Quantity, pub CenterNumber, pub Option<Box<str>>);
+
+/// The digest of an idempotency key as 32 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WireKey(pub KeyDigest);
+
+impl Serialize for WireKey {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:032x}", u128::from_be_bytes(self.0)))
+    }
+}
+
+impl<'de> Deserialize<'de> for WireKey {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        let valid = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+        match u128::from_str_radix(&text, 16) {
+            Ok(number) if valid => Ok(WireKey(number.to_be_bytes())),
+            _ => Err(serde::de::Error::custom("a key's digest is 32 hexadecimal digits")),
+        }
+    }
+}
+
+/// What became of a batch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReserveAnswer {
+    /// For each entry, in order.
+    pub outcomes: Vec<ReserveOutcome>,
+    /// Where the stock stood when the sale was seen sold out: the caller's marker is worth this much (M3).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sold_out: Option<SoldOutMark>,
+}
+
+/// Where a sale's stock stood.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SoldOutMark {
+    /// The last entry in the outbox at that moment.
+    pub outbox: OutboxId,
+    /// How often stock had come back.
+    pub revision: u64,
+}
+
+/// What became of one purchase.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReserveOutcome {
+    /// Accepted, and as durable as the master's own acknowledgements.
+    Accepted(OrderId),
+    /// As `Accepted`, by an earlier call under the same key.
+    Replayed(OrderId),
+    /// The key was used with another quantity.
+    KeyReused,
+    /// There is no such sale.
+    SaleNotFound,
+    /// The sale is halted.
+    Paused,
+    /// The sale has not begun.
+    NotStarted {
+        /// When it does.
+        starts_at: Millis,
+        /// Seconds until then.
+        retry_after_s: u64,
+    },
+    /// The sale is over.
+    Ended,
+    /// The user would hold too much.
+    LimitExceeded,
+    /// Nothing is left.
+    SoldOut,
+    /// Less is left than asked.
+    InsufficientStock {
+        /// What is left.
+        remaining: u64,
+    },
+    /// The master's lanes are full. Nothing happened.
+    Overloaded,
+    /// The master may not write now. Nothing happened.
+    NoAuthority(String),
+    /// The ledger has no room. Nothing happened.
+    LedgerFull,
+    /// Nothing happened, for another reason.
+    NotExecuted,
+    /// The ledger has it, but it is not confirmed to survive. Nobody knows whether it will turn out accepted.
+    NotReplicated,
+    /// Nobody knows whether it was accepted.
+    Unknown,
+}
+
+/// Orders of one sale whose units are given back.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseCall {
+    /// The sale.
+    pub sale_id: SaleId,
+    /// The orders and their users.
+    pub orders: Vec<(OrderId, Uid)>,
+}
+
+/// What became of each release, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReleaseAnswer {
+    /// For each order.
+    pub outcomes: Vec<ReleaseOutcome>,
+    /// The epoch, while the master is degraded: the caller keeps its records and sends them again at the next (K4).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_at: Option<u64>,
+}
+
+/// What became of one release.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReleaseOutcome {
+    /// The units are on sale again.
+    Released,
+    /// They were given back before.
+    AlreadyReleased,
+    /// The ledger holds no such claim.
+    Unknown,
+}
+
+/// Up to where a center has stored each partition's outbox in its order database.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct OutboxAnswer {
+    /// By partition.
+    pub stored: Vec<(u8, OutboxId)>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_survives_the_wire() {
+        let line = |traceparent: Option<&str>| {
+            ReserveLine(
+                Uid::new("a\"b\\c").unwrap(),
+                WireKey([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 255]),
+                Quantity::ONE,
+                CenterNumber::new(2).unwrap(),
+                traceparent.map(Box::from),
+            )
+        };
+        let call = ReserveCall {
+            sale_id: SaleId::new("s").unwrap(),
+            deadline_ms: 1500,
+            entries: vec![line(None), line(Some("00-x"))],
+        };
+        let text = serde_json::to_string(&call).unwrap();
+        assert!(text.contains(r#"["a\"b\\c","000102030405060708090a0b0c0d0eff",1,2,null]"#), "{text}");
+        assert_eq!(serde_json::from_str::<ReserveCall>(&text).unwrap(), call);
+        for bad in ["", "00", "+0102030405060708090a0b0c0d0eff0", "zz0102030405060708090a0b0c0d0eff"] {
+            assert!(serde_json::from_value::<WireKey>(bad.into()).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn the_largest_batch_fits_into_a_body() {
+        let line = ReserveLine(
+            Uid::new(&"\\".repeat(128)).unwrap(),
+            WireKey([255; 16]),
+            Quantity::ONE,
+            CenterNumber::new(8).unwrap(),
+            Some("0".repeat(55).into()),
+        );
+        let sale_id = SaleId::new(&"s".repeat(48)).unwrap();
+        let call = ReserveCall { sale_id, deadline_ms: u64::MAX, entries: vec![line; MAX_ENTRIES] };
+        assert!(serde_json::to_vec(&call).unwrap().len() < MAX_BODY_BYTES);
+    }
+}

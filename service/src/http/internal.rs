@@ -1,0 +1,202 @@
+//! The internal listener: calls of other centers. No tokens here; every request is signed, see
+//! [`crate::cross_center`]. What is refused was not executed.
+
+use std::sync::Arc;
+
+use axum::Router;
+use axum::body::Body;
+use axum::response::Response;
+use bytes::Bytes;
+use http::{Method, Request};
+use http_body_util::{BodyExt, Limited};
+use seckill_ledger::{Executed, ReleaseEntry};
+use serde::de::DeserializeOwned;
+use tokio_util::task::TaskTracker;
+use tower::ServiceExt;
+
+use super::call::{Call, Measured, Routes, private_json};
+use super::problem::{self, Code, Problem};
+use super::relay::{RELAY, RelayAnswer, RelayCall, Vouched};
+use crate::cross_center::calls::{
+    MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall, ReserveCall, SESSIONS,
+};
+use crate::cross_center::session::{Now, Sessions};
+use crate::cross_center::{Refusal, session::Caller};
+use crate::inventory::Inventory;
+use crate::orders::OrderStore;
+use crate::telemetry::Metrics;
+use crate::topology::TopologyHandle;
+
+/// Numbers of this listener's routes in the metrics begin here.
+const FIRST_INTERNAL_ROUTE: usize = 56;
+/// A request for a session has some 250 bytes.
+const MAX_HELLO_BYTES: usize = 4 * 1024;
+/// The largest answer that is passed on: a page of a hundred orders has some 60 KB.
+const MAX_RELAYED_BYTES: usize = 1 << 20;
+
+/// What the internal listener works with.
+pub struct InternalState {
+    /// The sessions that other centers have with this process.
+    pub sessions: Sessions,
+    /// Purchases and releases.
+    pub inventory: Inventory,
+    /// The order database.
+    pub orders: OrderStore,
+    /// Which epoch it is.
+    pub topology: TopologyHandle,
+    /// The public listener's routes, for requests that reached another center.
+    pub public: Router,
+    /// The admin listener's routes, likewise.
+    pub admin: Router,
+    /// Owns what goes on after a caller has gone.
+    pub tasks: TaskTracker,
+    /// All metrics.
+    pub metrics: Arc<Metrics>,
+}
+
+impl Measured for InternalState {
+    fn metrics(&self) -> &Arc<Metrics> {
+        &self.metrics
+    }
+}
+
+/// The routes of the internal listener.
+pub fn internal_router(state: InternalState) -> Router {
+    let metrics = Arc::clone(&state.metrics);
+    Routes::new(&metrics, FIRST_INTERNAL_ROUTE)
+        .post(SESSIONS, open)
+        .post(RESERVE, reserve)
+        .post(RELEASE, release)
+        .post(OUTBOX, outbox)
+        .post(RELAY, relay)
+        .build(Arc::new(state))
+        .0
+}
+
+/// Why a call was not executed.
+enum Rejected {
+    Refused(Refusal),
+    Problem(Problem),
+}
+
+impl From<Refusal> for Rejected {
+    fn from(refusal: Refusal) -> Self {
+        Rejected::Refused(refusal)
+    }
+}
+
+impl From<Problem> for Rejected {
+    fn from(problem: Problem) -> Self {
+        Rejected::Problem(problem)
+    }
+}
+
+impl Rejected {
+    fn answer(self, path: &str) -> Result<Response, Problem> {
+        match self {
+            Rejected::Refused(refusal) => {
+                tracing::warn!(path, code = refusal.code(), "a call of another center was refused");
+                Ok(problem::refused(refusal))
+            }
+            Rejected::Problem(problem) => Err(problem),
+        }
+    }
+}
+
+async fn open(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    let body = call.bytes(MAX_HELLO_BYTES).await?;
+    match state.sessions.open(&call.parts, &body, Now::read()) {
+        Ok(welcome) => private_json(&welcome),
+        Err(refusal) => Rejected::Refused(refusal).answer(SESSIONS),
+    }
+}
+
+/// The body of a genuine request that was not seen before, and who sent it.
+async fn accept(state: &InternalState, call: &mut Call) -> Result<(Caller, Bytes), Rejected> {
+    let genuine = state.sessions.authenticate(&call.parts, Now::read())?;
+    let body = call.bytes(MAX_BODY_BYTES).await?;
+    Ok((genuine.with_body(&body)?, body))
+}
+
+/// The same for a call that depends on who is the master or at home where: both sides must see the same topology.
+async fn question<Q: DeserializeOwned>(state: &InternalState, call: &mut Call) -> Result<Q, Rejected> {
+    let (caller, body) = accept(state, call).await?;
+    let epoch = state.topology.current().epoch.0;
+    if caller.epoch != epoch {
+        let detail = format!("The caller is at epoch {}, this center at epoch {epoch}", caller.epoch);
+        return Err(Problem::with_detail(Code::NoAuthority, detail).executed(Executed::No).into());
+    }
+    serde_json::from_slice(&body).map_err(|error| Problem::bad_request(error.to_string()).into())
+}
+
+fn bounded(entries: usize) -> Result<(), Problem> {
+    match entries {
+        1..=MAX_ENTRIES => Ok(()),
+        _ => Err(Problem::bad_request(format!("A call has 1 to {MAX_ENTRIES} entries"))),
+    }
+}
+
+async fn reserve(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    match question::<ReserveCall>(&state, &mut call).await {
+        Ok(call) => {
+            bounded(call.entries.len())?;
+            // The lanes own what they took: nothing is lost if the caller hangs up.
+            private_json(&state.inventory.decide_for_others(call).await)
+        }
+        Err(rejected) => rejected.answer(RESERVE),
+    }
+}
+
+async fn release(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    let ReleaseCall { sale_id, orders } = match question(&state, &mut call).await {
+        Ok(call) => call,
+        Err(rejected) => return rejected.answer(RELEASE),
+    };
+    bounded(orders.len())?;
+    let orders: Vec<ReleaseEntry> =
+        orders.into_iter().map(|(order_id, uid)| ReleaseEntry { order_id, uid }).collect();
+    let inventory = state.inventory.clone();
+    let released = state.tasks.spawn(async move { inventory.release_for_others(&sale_id, &orders).await });
+    private_json(&released.await.map_err(Problem::internal)??)
+}
+
+async fn outbox(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    if let Err(rejected) = accept(&state, &mut call).await {
+        return rejected.answer(OUTBOX);
+    }
+    let stored = vec![(0, state.orders.position(0).await?)];
+    private_json(&OutboxAnswer { stored })
+}
+
+async fn relay(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    let call: RelayCall = match question(&state, &mut call).await {
+        Ok(call) => call,
+        Err(rejected) => return rejected.answer(RELAY),
+    };
+    let RelayCall { vouched, method, path, headers, body } = call;
+    let invalid = || Problem::bad_request("Requests of this kind are not passed on");
+    let method: Method = method.parse().map_err(|_| invalid())?;
+    let bare = path.split('?').next().unwrap_or(&path);
+    if !vouched.may_ask(&method, bare) {
+        return Err(invalid());
+    }
+    let router = match vouched {
+        Vouched::User(_) | Vouched::Payments => state.public.clone(),
+        Vouched::Admin(_) => state.admin.clone(),
+    };
+    let mut request = Request::builder().method(method).uri(path);
+    for (name, value) in headers {
+        request = request.header(name, value);
+    }
+    let mut request = request.body(Body::from(body)).map_err(|_| invalid())?;
+    request.extensions_mut().insert(vouched);
+    let answered = state.tasks.spawn(async move {
+        // A router is always ready and never fails.
+        let response = router.oneshot(request).await.unwrap_or_else(|never| match never {});
+        let (parts, body) = response.into_parts();
+        let body = Limited::new(body, MAX_RELAYED_BYTES).collect().await.map_err(Problem::internal)?;
+        let body = String::from_utf8(body.to_bytes().into()).map_err(Problem::internal)?;
+        Ok::<_, Problem>(RelayAnswer::new(parts.status, &parts.headers, body))
+    });
+    private_json(&answered.await.map_err(Problem::internal)??)
+}
