@@ -9,7 +9,7 @@ use std::time::Duration;
 use axum::routing::get;
 use seckill::admission::{ClientAddress, Key, Limiter, Ring, Tickets, Tokens};
 use seckill::config::{InventoryConfig, LedgerConfig, SecretUrl};
-use seckill::http::{Relay, PublicState, ServeOptions, public_router, serve};
+use seckill::http::{PublicState, Relay, ServeOptions, public_router, serve};
 use seckill::inventory::{Inventory, Parts};
 use seckill::orders::{OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
 use seckill::telemetry::Metrics;

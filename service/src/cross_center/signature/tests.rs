@@ -297,3 +297,20 @@ fn what_signing_costs() {
         println!("{kib} KiB: sign {:.1} us, verify {:.1} us", each(signing), each(verifying));
     }
 }
+
+#[test]
+fn the_example_of_the_documentation_is_what_it_says() {
+    let body = br#"{"sale_id":"phone-1","deadline_ms":800,"entries":[["alice","00112233445566778899aabbccddeeff",1,2,null]]}"#;
+    let key = MacKey::new(&[5; 32]);
+    let (mut parts, ()) =
+        Request::post("http://a.example:8082/internal/v1/reserve").body(()).unwrap().into_parts();
+    let signing = Signing { key_id: "9f3c.51aa", key: &key, epoch: 7, seq: 3, now_s: NOW };
+    sign(&mut parts, body, &signing).unwrap();
+    let page = include_str!("../../../../docs/cross-center.md");
+    let text = |name: &HeaderName| parts.headers[name].to_str().unwrap();
+    let base = Presented::of(&parts, NOW).unwrap().base;
+    for part in [text(&CONTENT_DIGEST), text(&SIGNATURE_INPUT), text(&SIGNATURE), &base] {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(page.contains(std::str::from_utf8(body).unwrap()));
+}
