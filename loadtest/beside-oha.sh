@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 command -v oha >/dev/null || { echo "oha is not on the PATH" >&2; exit 1; }
 rounds=${ROUNDS:-3} connections=${CONNECTIONS:-64} seconds=${SECONDS_EACH:-5}
-cargo build --release --quiet -p seckill-loadtest --bins --examples
+[ -n "${NO_BUILD:-}" ] || cargo build --release --quiet -p seckill-loadtest --bins --examples
 built=${CARGO_TARGET_DIR:-target}/release
 work=$(mktemp -d)
 taskset -c 0 "$built/examples/static_target" >"$work/url" &
