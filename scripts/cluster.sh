@@ -60,9 +60,42 @@ for role in admin payments; do
     mv "$data/$role-token.half" "$data/$role-token"
 done
 
+# A database of each center's own, for an account that may do nothing else.
+[ -s "$data/mariadb-password" ] || od -An -tx1 -N16 /dev/urandom | tr -d ' \n' >"$data/mariadb-password"
+create_database() { # CENTER URL
+    local server=${2#mysql://root@}
+    mariadb --no-defaults --protocol=tcp --host="${server%:*}" --port="${server#*:}" --user=root <<SQL
+CREATE DATABASE IF NOT EXISTS seckill_$1;
+CREATE USER IF NOT EXISTS 'seckill_$1'@'127.0.0.1';
+ALTER USER 'seckill_$1'@'127.0.0.1' IDENTIFIED BY '$(cat "$data/mariadb-password")';
+GRANT ALL ON seckill_$1.* TO 'seckill_$1'@'127.0.0.1';
+SQL
+    echo "mysql://seckill_$1@$server/seckill_$1"
+}
+declare -A database
+database[a]=$(create_database a "$SECKILL_TEST_MARIADB")
+database[b]=$(create_database b "$SECKILL_TEST_MARIADB_B")
+
+for center in "${centers[@]}"; do
+    [ -s "$data/cross-$center" ] || od -An -tx1 -N32 /dev/urandom | tr -d ' \n' >"$data/cross-$center"
+done
+keys() { # CENTER OTHER: this center signs with the first
+    for center in "$@"; do
+        echo "{ id = \"$center-dev\", center = \"$center\", secret_file = \"$data/cross-$center\" },"
+    done
+}
+center_at() { # CENTER NUMBER REDIS
+    local port=$((base + 10 * ($2 - 1)))
+    echo "{ id = \"$1\", number = $2, public_url = \"http://127.0.0.1:$port\","
+    echo "  admin_url = \"http://127.0.0.1:$((port + 1))\", internal_url = \"http://127.0.0.1:$((port + 2))\","
+    echo "  ledger = [\"${3#redis://}\"] },"
+}
+cluster="[$(center_at a 1 "$SECKILL_TEST_REDIS_A") $(center_at b 2 "$SECKILL_TEST_REDIS_B")]"
+
 serve() { # CENTER NUMBER
-    local center=$1 port=$((base + 10 * ($2 - 1))) redis="SECKILL_TEST_REDIS_${1^^}" kafka=KAFKA_BOOTSTRAP
-    [ "$center" = a ] || kafka=KAFKA_BOOTSTRAP_${center^^}
+    local center=$1 port=$((base + 10 * ($2 - 1))) redis="SECKILL_TEST_REDIS_${1^^}"
+    local kafka=KAFKA_BOOTSTRAP other=b other_kafka=KAFKA_BOOTSTRAP_B
+    [ "$center" = a ] || { kafka=KAFKA_BOOTSTRAP_B other=a other_kafka=KAFKA_BOOTSTRAP; }
     mkdir -p "$data/$center"
     env \
         SECKILL__LISTEN__PUBLIC="127.0.0.1:$port" \
@@ -73,8 +106,12 @@ serve() { # CENTER NUMBER
         SECKILL__LISTEN__INTERNAL_URL="http://127.0.0.1:$((port + 2))" \
         SECKILL__LEDGER__PARTITIONS="${!redis}" \
         SECKILL__LEDGER__MAX_MEMORY_BYTES=1073741824 \
-        SECKILL__ORDERS__DATABASE_URL="sqlite:$data/$center/orders.db" \
+        SECKILL__ORDERS__DATABASE_URL="${database[$center]}" \
+        SECKILL__ORDERS__DATABASE_PASSWORD_FILE="$data/mariadb-password" \
         SECKILL__KAFKA__BOOTSTRAP="${!kafka}" \
+        "SECKILL__KAFKA__CENTERS__${other^^}__BOOTSTRAP=${!other_kafka}" \
+        SECKILL__CROSS_CENTER__KEYS="[$(keys "$center" "$other")]" \
+        SECKILL__CLUSTER__CENTERS="$cluster" \
         SECKILL__KAFKA__REPLICATION_FACTOR=1 \
         SECKILL__TOPOLOGY__ETCD__ENDPOINTS="$SECKILL_TEST_ETCD" \
         SECKILL__AUTH__USERS__KEYS="[{ alg = \"HS256\", secret_file = \"$data/dev-token-secret\" }]" \
@@ -88,6 +125,7 @@ serve() { # CENTER NUMBER
     echo "  admin    http://127.0.0.1:$((port + 1))"
     echo "  redis    ${!redis}"
     echo "  kafka    ${!kafka}"
+    echo "  orders   ${database[$center]}"
     echo "  log      $data/$center/seckill.log"
 }
 
@@ -107,7 +145,6 @@ await() { # CENTER NUMBER
 number=0
 for center in "${centers[@]}"; do
     number=$((number + 1))
-    [ -f "deploy/seckill-$center.toml" ] || continue
     serve "$center" "$number"
     await "$center" "$number"
     if [ "$number" = 1 ]; then

@@ -132,7 +132,7 @@ async fn serve(
         max_connections: config.orders.max_connections,
         ..StoreOptions::new(config.center.id.clone())
     };
-    let orders = OrderStore::open(&config.orders.database_url, options)
+    let orders = OrderStore::open(&config.orders.whole_url()?, options)
         .await
         .context("the order database cannot be opened")?;
     *opened = Some(orders.clone());

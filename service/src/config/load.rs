@@ -15,7 +15,7 @@ pub const ENV_PREFIX: &str = "SECKILL__";
 
 /// Optional keys that hold text. The default file shows them in comments only, so their type is not to be seen
 /// there, and a secret of digits must not become a number.
-const TEXT_KEYS: [&str; 17] = [
+const TEXT_KEYS: [&str; 18] = [
     "id",
     "center",
     "secret",
@@ -30,6 +30,7 @@ const TEXT_KEYS: [&str; 17] = [
     "username",
     "password",
     "password_file",
+    "database_password_file",
     "ca_file",
     "cert_file",
     "key_file",

@@ -157,6 +157,9 @@ pub struct OrdersConfig {
     /// `sqlite:PATH`, or `mysql://USER:PASSWORD@HOST:PORT/DATABASE` for MySQL 8 and MariaDB 10.11 or later, with
     /// `?ssl-mode=VERIFY_IDENTITY&ssl-ca=FILE` for TLS. Default: `sqlite:data/orders.db`.
     pub database_url: SecretUrl,
+    /// File with the password of the user that `database_url` names, as it stands, a newline at the end aside.
+    /// Default: none.
+    pub database_password_file: Option<PathBuf>,
     /// Connections that read. Those that write come on top: one with SQLite, eight with MySQL. Default: 4.
     pub max_connections: u32,
     /// Orders stored in one transaction at most. Default: 4096.
@@ -302,6 +305,23 @@ impl ListenConfig {
     }
 }
 
+impl OrdersConfig {
+    /// The database's URL with its password, wherever that stands.
+    pub fn whole_url(&self) -> Result<SecretUrl, ConfigError> {
+        let Some(path) = &self.database_password_file else { return Ok(self.database_url.clone()) };
+        let problem = |reason: &str| ConfigError::Key {
+            key: "orders.database_password_file".to_owned(),
+            reason: reason.to_owned(),
+            variable: None,
+        };
+        let bytes = std::fs::read(path).map_err(|error| ConfigError::File { path: path.clone(), error })?;
+        let password = std::str::from_utf8(without_newline(&bytes)).map_err(|_| problem("is not text"))?;
+        self.database_url
+            .with_password(password)
+            .ok_or_else(|| problem("database_url has to name a user, without a password"))
+    }
+}
+
 impl LimitsConfig {
     /// The limits that a new topology starts with.
     pub fn initial(&self) -> Limits {
@@ -368,6 +388,7 @@ impl Default for OrdersConfig {
     fn default() -> Self {
         OrdersConfig {
             database_url: SecretUrl::new("sqlite:data/orders.db"),
+            database_password_file: None,
             max_connections: 4,
             store_batch: 4096,
             expiry_interval_ms: 1000,

@@ -30,6 +30,28 @@ impl SecretUrl {
         self.password_range().map(|range| &self.0[range])
     }
 
+    /// The same URL with a password in it, which must have a user and no password yet. `None` if it is not so.
+    pub fn with_password(&self, password: &str) -> Option<SecretUrl> {
+        let start = self.0.find("://")? + 3;
+        let end = self.0[start..].find(['/', '?', '#']).map_or(self.0.len(), |at| start + at);
+        let at = start + self.0[start..end].rfind('@')?;
+        if at == start || self.0[start..at].contains(':') {
+            return None;
+        }
+        let mut url = self.0[..at].to_owned();
+        url.push(':');
+        for byte in password.bytes() {
+            match byte {
+                b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
+                    url.push(char::from(byte));
+                }
+                other => url.push_str(&format!("%{other:02X}")),
+            }
+        }
+        url.push_str(&self.0[at..]);
+        Some(SecretUrl(url))
+    }
+
     fn password_range(&self) -> Option<std::ops::Range<usize>> {
         let start = self.0.find("://")? + 3;
         let end = self.0[start..].find(['/', '?', '#']).map_or(self.0.len(), |at| start + at);
@@ -153,6 +175,18 @@ mod tests {
         assert_eq!(SecretUrl::new("redis://:pw@h").to_string(), "redis://:***@h");
         for plain in ["sqlite:data/orders.db", "redis://127.0.0.1:6379", "redis://user@h/x:y@z"] {
             assert_eq!(SecretUrl::new(plain).password(), None, "{plain}");
+        }
+    }
+
+    #[test]
+    fn a_password_from_elsewhere_is_put_where_it_belongs() {
+        let url = SecretUrl::new("mysql://shop@db:3306/orders").with_password("p@ss:/w").unwrap();
+        assert_eq!(url.as_str(), "mysql://shop:p%40ss%3A%2Fw@db:3306/orders");
+        assert_eq!(url.to_string(), "mysql://shop:***@db:3306/orders");
+        for not in
+            ["mysql://db/orders", "mysql://shop:known@db/orders", "mysql://@db/orders", "sqlite:orders.db"]
+        {
+            assert!(SecretUrl::new(not).with_password("secret").is_none(), "{not}");
         }
     }
 
