@@ -1,15 +1,19 @@
 //! Storing a batch of the queues: orders, positions and what could not be read, together.
 
-use seckill_domain::{OrderRecord, OutboxId};
+use std::collections::{BTreeMap, HashMap};
+
+use seckill_domain::{OrderRecord, OutboxId, Table};
 
 use super::super::batch::{Advance, Origin, StoreBatch, StoreOutcome, Unreadable};
 use super::super::error::Error;
-use super::session::{Dialect, Session, values};
+use super::session::{Dialect, Session, Value, values};
 use super::writer::{Hub, Lane, Tx, Write};
 use super::{insert_mysql, insert_sqlite, positions};
 
 /// What is kept of the raw content of an entry that cannot be stored, characters.
 const RAW_CHARS: usize = 256 * 1024;
+/// Orders looked up in one query; SQLite takes at least 999 parameters.
+const LOOKUP: usize = 500;
 /// What is kept of the reason.
 const REASON_CHARS: usize = 500;
 
@@ -60,12 +64,10 @@ impl Write for Store {
         let duplicates = orders.len() as u64 - stored;
         if duplicates > 0 {
             // Rare: somebody else's batch overlapped, or an id was given out twice.
-            for order in &orders {
-                if let Some(reason) = collision(tx.conn, order).await? {
-                    let raw = format!("{} {} {}", order.order_id, order.sale_id, order.uid);
-                    let entry = Unreadable { origin: batch.origin_of(order), reason, raw };
-                    set_aside += set_aside_entry(tx, &entry).await?;
-                }
+            for (order, reason) in collisions(tx.conn, &orders).await? {
+                let raw = format!("{} {} {}", order.order_id, order.sale_id, order.uid);
+                let entry = Unreadable { origin: batch.origin_of(order), reason, raw };
+                set_aside += set_aside_entry(tx, &entry).await?;
             }
         }
         Ok(Stored { outcome: StoreOutcome { stored, duplicates, foreign }, set_aside })
@@ -136,18 +138,43 @@ fn origin_columns(origin: Origin) -> (&'static str, u8, String) {
     }
 }
 
-/// Whether an order's id belongs to something else already.
-async fn collision(conn: &mut Session, order: &OrderRecord) -> Result<Option<String>, Error> {
-    let table = order.order_id.table();
-    let row = conn
-        .one(
-            format!("SELECT uid, sale_id, quantity FROM orders_{table} WHERE order_id = ?"),
-            values![order.order_id.to_string()],
-        )
-        .await?;
-    let (uid, sale, quantity) = (row.text(0)?, row.text(1)?, row.int(2)?);
-    let same = uid == order.uid.as_str()
-        && sale == order.sale_id.as_str()
-        && quantity == i64::from(order.quantity.get());
-    Ok((!same).then(|| format!("order id {} belongs to an order of sale {sale} already", order.order_id)))
+/// The orders whose ids belong to something else already, and what that is. A relay that was not told of
+/// acknowledgements publishes whole batches again, so it is asked table by table, not order by order.
+async fn collisions<'o>(
+    conn: &mut Session,
+    orders: &[&'o OrderRecord],
+) -> Result<Vec<(&'o OrderRecord, String)>, Error> {
+    let mut by_table: BTreeMap<Table, Vec<&OrderRecord>> = BTreeMap::new();
+    for order in orders {
+        by_table.entry(order.order_id.table()).or_default().push(*order);
+    }
+    let mut found = Vec::new();
+    for (table, orders) in by_table {
+        for chunk in orders.chunks(LOOKUP) {
+            let ids: Vec<Value<'_>> =
+                chunk.iter().map(|order| Value::from(order.order_id.to_string())).collect();
+            let marks = vec!["?"; ids.len()].join(", ");
+            let sql = format!(
+                "SELECT order_id, uid, sale_id, quantity FROM orders_{table} WHERE order_id IN ({marks})"
+            );
+            let rows = conn.rows(sql, &ids).await?;
+            let mut stored = HashMap::with_capacity(rows.len());
+            for row in &rows {
+                stored.insert(row.text(0)?, (row.text(1)?, row.text(2)?, row.int(3)?));
+            }
+            for order in chunk {
+                let Some((uid, sale, quantity)) = stored.get(&*order.order_id.to_string()) else {
+                    return Err(Error::Row(format!("order {} is missing", order.order_id)));
+                };
+                let same = *uid == order.uid.as_str()
+                    && *sale == order.sale_id.as_str()
+                    && *quantity == i64::from(order.quantity.get());
+                if !same {
+                    let id = order.order_id;
+                    found.push((*order, format!("order id {id} belongs to an order of sale {sale} already")));
+                }
+            }
+        }
+    }
+    Ok(found)
 }

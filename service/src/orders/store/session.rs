@@ -4,6 +4,7 @@
 //! backticks, which both understand.
 
 use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::sync::Arc;
 
 use sqlx::mysql::{MySql, MySqlConnection, MySqlRow};
@@ -84,12 +85,14 @@ macro_rules! values {
 }
 pub(super) use values;
 
-/// A statement. What is made for one table of 512 is not kept prepared on a MySQL connection: the server counts
-/// prepared statements of all connections together (`max_prepared_stmt_count`).
+/// A statement.
 pub(super) enum Sql {
-    /// One of few.
+    /// One of few. A MySQL connection keeps it prepared.
     Fixed(&'static str),
-    /// Made for a table, or for a number of values.
+    /// Made for one table of 512, or for a number of values. It is sent to MySQL as text with its values in it: the
+    /// server counts prepared statements of all connections together (`max_prepared_stmt_count`), and one that is
+    /// closed after each use holds up what comes next. Nobody answers to the closing, and the client library leaves
+    /// Nagle's algorithm on, so the next packet waits 40 ms for a delayed acknowledgement.
     Made(Arc<str>),
 }
 
@@ -105,13 +108,46 @@ impl From<String> for Sql {
     }
 }
 
+impl Sql {
+    fn text(self) -> Arc<str> {
+        match self {
+            Sql::Fixed(sql) => Arc::from(sql),
+            Sql::Made(sql) => sql,
+        }
+    }
+}
+
+/// A statement with its values in the places of its marks. Texts are hexadecimal digits, so nothing in them can end a
+/// literal; a statement has no mark anywhere else.
+fn with_values(sql: &str, values: &[Value<'_>]) -> String {
+    debug_assert_eq!(sql.matches('?').count(), values.len(), "{sql}");
+    let mut text = String::with_capacity(sql.len() + 48 * values.len());
+    let mut parts = sql.split('?');
+    text.push_str(parts.next().unwrap_or_default());
+    for (value, part) in values.iter().zip(parts) {
+        // Writing to a text does not fail.
+        let _ = match value {
+            Value::Null => write!(text, "NULL"),
+            Value::Int(number) => write!(text, "{number}"),
+            Value::Text(value) => hexadecimal(&mut text, value),
+        };
+        text.push_str(part);
+    }
+    text
+}
+
+fn hexadecimal(sql: &mut String, value: &str) -> std::fmt::Result {
+    sql.push_str("_utf8mb4 x'");
+    for byte in value.bytes() {
+        write!(sql, "{byte:02x}")?;
+    }
+    sql.push('\'');
+    Ok(())
+}
+
 macro_rules! bound {
     ($sql:expr, $values:expr) => {{
-        let (sql, persistent) = match $sql {
-            Sql::Fixed(sql) => (AssertSqlSafe(Arc::from(sql)), true),
-            Sql::Made(sql) => (AssertSqlSafe(sql), false),
-        };
-        let mut query = sqlx::query(sql);
+        let mut query = sqlx::query(AssertSqlSafe($sql));
         for value in $values {
             query = match value {
                 Value::Null => query.bind(None::<i64>),
@@ -119,33 +155,30 @@ macro_rules! bound {
                 Value::Text(text) => query.bind(text.as_ref()),
             };
         }
-        (query, persistent)
+        query
     }};
 }
 
 impl Session {
     /// Runs a statement; returns how many rows it wrote, or found to change.
     pub(super) async fn execute(&mut self, sql: impl Into<Sql>, values: &[Value<'_>]) -> Result<u64, Error> {
-        let sql = sql.into();
-        Ok(match self.connection() {
-            Connection::Sqlite(conn) => {
-                let (query, _) = bound!(sql, values);
-                query.execute(conn).await?.rows_affected()
+        Ok(match (self.connection(), sql.into()) {
+            (Connection::Sqlite(conn), sql) => {
+                bound!(sql.text(), values).execute(conn).await?.rows_affected()
             }
-            Connection::MySql(conn) => {
-                let (query, persistent) = bound!(sql, values);
-                query.persistent(persistent).execute(conn).await?.rows_affected()
+            (Connection::MySql(conn), Sql::Fixed(sql)) => {
+                bound!(Arc::<str>::from(sql), values).execute(conn).await?.rows_affected()
+            }
+            (Connection::MySql(conn), Sql::Made(sql)) => {
+                let text = with_values(&sql, values);
+                sqlx::raw_sql(AssertSqlSafe(text)).execute(conn).await?.rows_affected()
             }
         })
     }
 
     /// Runs statements without values, separated by semicolons; returns how many rows they wrote.
     pub(super) async fn run(&mut self, sql: impl Into<Sql>) -> Result<u64, Error> {
-        let sql = match sql.into() {
-            Sql::Fixed(sql) => Arc::from(sql),
-            Sql::Made(sql) => sql,
-        };
-        let query = sqlx::raw_sql(AssertSqlSafe(sql));
+        let query = sqlx::raw_sql(AssertSqlSafe(sql.into().text()));
         Ok(match self.connection() {
             Connection::Sqlite(conn) => query.execute(conn).await?.rows_affected(),
             Connection::MySql(conn) => query.execute(conn).await?.rows_affected(),
@@ -158,15 +191,19 @@ impl Session {
         sql: impl Into<Sql>,
         values: &[Value<'_>],
     ) -> Result<Vec<Row>, Error> {
-        let sql = sql.into();
-        Ok(match self.connection() {
-            Connection::Sqlite(conn) => {
-                let (query, _) = bound!(sql, values);
-                query.fetch_all(conn).await?.into_iter().map(Row::Sqlite).collect()
+        Ok(match (self.connection(), sql.into()) {
+            (Connection::Sqlite(conn), sql) => {
+                let found = bound!(sql.text(), values).fetch_all(conn).await?;
+                found.into_iter().map(Row::Sqlite).collect()
             }
-            Connection::MySql(conn) => {
-                let (query, persistent) = bound!(sql, values);
-                query.persistent(persistent).fetch_all(conn).await?.into_iter().map(Row::MySql).collect()
+            (Connection::MySql(conn), Sql::Fixed(sql)) => {
+                let found = bound!(Arc::<str>::from(sql), values).fetch_all(conn).await?;
+                found.into_iter().map(Row::MySql).collect()
+            }
+            (Connection::MySql(conn), Sql::Made(sql)) => {
+                let text = with_values(&sql, values);
+                let found = sqlx::raw_sql(AssertSqlSafe(text)).fetch_all(conn).await?;
+                found.into_iter().map(Row::MySql).collect()
             }
         })
     }
@@ -325,5 +362,19 @@ impl Row {
     pub(super) fn small<T: TryFrom<i64>>(&self, column: usize) -> Result<T, Error> {
         let number = self.int(column)?;
         T::try_from(number).map_err(|_| Error::Row(format!("{number} is out of bounds")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_cannot_end_a_literal() {
+        let text = with_values(
+            "UPDATE t SET a = ?, b = ? WHERE c IN (?, ?)",
+            values!["';?\\\u{fc}", -7_i64, None::<i64>, ""],
+        );
+        assert_eq!(text, "UPDATE t SET a = _utf8mb4 x'273b3f5cc3bc', b = -7 WHERE c IN (NULL, _utf8mb4 x'')");
     }
 }
