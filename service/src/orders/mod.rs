@@ -11,6 +11,7 @@ mod batch;
 mod dead_letters;
 mod error;
 mod expiry;
+mod fail_point;
 mod kafka;
 mod metrics;
 mod model;

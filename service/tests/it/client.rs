@@ -102,6 +102,12 @@ impl Client {
         Some(Answer { status: parts.status.as_u16(), headers: parts.headers, body })
     }
 
+    /// Whether the service says that it takes requests.
+    pub(crate) async fn is_ready(&self) -> bool {
+        let answer = self.send(Method::GET, &format!("{}/readyz", self.admin), "", &[], None).await;
+        answer.is_some_and(|answer| answer.status == 200)
+    }
+
     pub(crate) async fn admin(
         &self,
         method: Method,

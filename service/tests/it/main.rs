@@ -1,4 +1,4 @@
-//! The product as its users meet it: the binary, its ports, its files. Real Redis, real SQLite.
+//! The product as its users meet it: the binary, its ports, its files. Real Redis, SQLite, Kafka, MariaDB.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
@@ -9,8 +9,11 @@ mod cross_center;
 mod inventory;
 mod ledger_lost;
 mod lifecycle;
+mod poison;
+mod production;
 mod proxy;
 mod race;
+mod serve;
 mod support;
 mod two_centers;
 mod up;

@@ -7,19 +7,16 @@ use serde_json::json;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::client::Client;
 use crate::support::eventually;
 use crate::up::Up;
 
-/// 20,000 buyers race for 1,000 units; 30 % send everything twice under the same key, 10 % try a second
-/// purchase under a new key against a limit of 1.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_race_sells_every_unit_once_and_replays_the_same_order() {
-    const BUYERS: usize = 20_000;
-    const UNITS: usize = 1_000;
-    let up = Up::start();
-    let client = up.client();
-    client.create_sale("race", UNITS as u64, json!({})).await;
+pub(crate) const BUYERS: usize = 20_000;
+pub(crate) const UNITS: usize = 1_000;
 
+/// 20,000 buyers race for the 1,000 units of the sale `race`; 30 % send everything twice under the same key, 10 % try a
+/// second purchase under a new key against a limit of 1. Tells the owner of each order.
+pub(crate) async fn race(client: &Client) -> HashMap<String, String> {
     let in_flight = Arc::new(Semaphore::new(256));
     let mut attempts = JoinSet::new();
     for buyer in 0..BUYERS {
@@ -65,6 +62,15 @@ async fn a_race_sells_every_unit_once_and_replays_the_same_order() {
         assert_eq!((again.status, again.body["order_id"].as_str()), (202, Some(id.as_str())));
         assert_eq!(again.headers.get("idempotent-replayed").map(|v| v.as_bytes()), Some(&b"true"[..]));
     }
+    owners
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_race_sells_every_unit_once_and_replays_the_same_order() {
+    let up = Up::start();
+    let client = up.client();
+    client.create_sale("race", UNITS as u64, json!({})).await;
+    let owners = race(&client).await;
     for (id, uid) in owners.iter().take(100) {
         let order = client.stored_order(uid, id).await;
         assert_eq!((order["sale_id"].as_str(), order["quantity"].as_u64()), (Some("race"), Some(1)));

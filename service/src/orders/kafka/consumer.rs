@@ -22,6 +22,7 @@ use super::pump::{Batch, News, Poison, Pump};
 use super::topics::{TopicError, Topics};
 use crate::orders::batch::{Advance, Origin, StoreBatch, Unreadable};
 use crate::orders::error::Error;
+use crate::orders::fail_point::fail_point;
 use crate::orders::store::OrderStore;
 use crate::orders::workers::{Streak, pause};
 use crate::topology::Topology;
@@ -247,6 +248,7 @@ impl Consumer {
         batch.sort();
         let reached: Vec<(Shard, i64)> = batch.steps.iter().map(|step| (step.shard, step.to)).collect();
         let dead = batch.poison.len() as u64;
+        let brings_orders = !batch.orders.is_empty();
         let oldest = batch.orders.first().map(|order| order.accepted_at);
         let advance = batch.steps.into_iter().map(|step| Advance::Kafka {
             shard: step.shard,
@@ -262,6 +264,9 @@ impl Consumer {
                 settled: Vec::new(),
             })
             .await?;
+        if brings_orders {
+            fail_point("stored");
+        }
         for (shard, next) in reached {
             stored.insert(shard, next);
         }

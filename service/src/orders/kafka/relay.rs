@@ -23,6 +23,7 @@ use super::metrics::{CenterLabel, KafkaMetrics};
 use super::progress::Progress;
 use super::record::{Outgoing, Writer};
 use super::topics::{TopicError, Topics};
+use crate::orders::fail_point::fail_point;
 use crate::orders::reading::{NoPage, Source};
 use crate::orders::workers::{Link, Streak, pause};
 use crate::topology::Topology;
@@ -380,6 +381,7 @@ impl<'a> Run<'a> {
         };
         let grant = self.relay.link.authority.grant().map_err(|refusal| NoPage::Wait(refusal.to_string()))?;
         let cursor = Cursor { id: reached, shards: self.shards };
+        fail_point("acknowledged");
         match set_cursor(&mut source.conn, &grant.fence, &self.relay.destination, cursor).await? {
             CursorOutcome::Noted => {
                 // It counts behind the barrier (K4): a promoted replica would begin before it otherwise.
