@@ -62,7 +62,7 @@ impl InstanceStore for EtcdStore {
         until: CancellationToken,
     ) -> BoxFuture<'a, Result<(), StoreError>> {
         async move {
-            let kept = self.keep_registered(instance, &until).await;
+            let kept = Box::pin(self.keep_registered(instance, &until)).await;
             kept.map_err(|failure| self.unavailable("used to register this instance", failure))
         }
         .boxed()

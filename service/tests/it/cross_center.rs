@@ -484,7 +484,7 @@ async fn whatever_is_refused_was_not_executed() {
     type Change = fn(&mut Parts, &mut Vec<u8>);
     let changes: [(&str, Change); 14] = [
         ("digest_wrong", |_, body| {
-            *body = String::from_utf8(body.clone()).unwrap().replace("1,2,null", "5,2,null").into()
+            *body = String::from_utf8(body.clone()).unwrap().replace("1,2,null", "5,2,null").into();
         }),
         ("signature_wrong", |parts, body| {
             *body = String::from_utf8(body.clone()).unwrap().replace("1,2,null", "5,2,null").into();
@@ -503,11 +503,11 @@ async fn whatever_is_refused_was_not_executed() {
         }),
         ("component_uncovered", |parts, _| edit(parts, "signature-input", " \"content-digest\"", "")),
         ("component_unexpected", |parts, _| {
-            edit(parts, "signature-input", "\"seckill-seq\"", "\"seckill-seq\" \"host\"")
+            edit(parts, "signature-input", "\"seckill-seq\"", "\"seckill-seq\" \"host\"");
         }),
         ("algorithm_wrong", |parts, _| edit(parts, "signature-input", "hmac-sha256", "hmac-sha512")),
         ("session_unknown", |parts, _| {
-            edit(parts, "signature-input", "keyid=\"a-first.", "keyid=\"a-first.0")
+            edit(parts, "signature-input", "keyid=\"a-first.", "keyid=\"a-first.0");
         }),
     ];
     for (n, (code, change)) in changes.into_iter().enumerate() {

@@ -88,9 +88,8 @@ async fn of_user(
     cursor: Option<Cursor>,
 ) -> Result<Vec<Row>, Error> {
     let before = cursor.unwrap_or(Cursor { at: i64::MAX, id: u64::MAX });
-    Ok(conn
-        .rows(sql, values![uid.as_str(), before.at, before.at, format!("{:019}", before.id), one_more(limit)])
-        .await?)
+    conn.rows(sql, values![uid.as_str(), before.at, before.at, format!("{:019}", before.id), one_more(limit)])
+        .await
 }
 
 fn bounded(limit: u32) -> u32 {

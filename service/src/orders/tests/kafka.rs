@@ -274,9 +274,9 @@ async fn orders_wait_for_a_broker_that_is_away_and_arrive_once() {
             bought += shop.buy("s", &uids.iter().map(String::as_str).collect::<Vec<_>>()).await.len() as u64;
         }
         if round == 0 {
-            broker.resume()
+            broker.resume();
         } else {
-            broker.restart().await.unwrap()
+            broker.restart().await.unwrap();
         }
         eventually(async || shop.stored("s").await == bought).await;
     }
@@ -295,7 +295,7 @@ async fn a_center_whose_broker_is_away_holds_back_its_own_orders_only() {
     let mut options = line.options();
     options.centers.insert(center("b"), vec![("bootstrap.servers".to_owned(), away.bootstrap())]);
     let uids: Vec<String> = (0..100).map(|n| format!("u{n}")).collect();
-    let at_home = |uid: &String| user(uid).table().shard().number() % 2 == 0;
+    let at_home = |uid: &String| user(uid).table().shard().number().is_multiple_of(2);
     let own = uids.iter().filter(|uid| at_home(uid)).count() as u64;
     shop.buy("s", &uids.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &Queue::Kafka(options));

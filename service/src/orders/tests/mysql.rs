@@ -75,7 +75,7 @@ async fn carry(mut client: TcpStream, mut server: TcpStream, cut: Cut, left: Arc
                     if cut == Cut::After {
                         server.write_all(&up[..length]).await.unwrap();
                         // The answer came, so it is done.
-                        server.read(&mut down).await.unwrap();
+                        assert!(server.read(&mut down).await.unwrap() > 0);
                     }
                     return;
                 }
