@@ -129,6 +129,7 @@ async fn serve(
     let instances = Instances::start(stores.instances, Some(me), tracker, stop.clone());
 
     let options = StoreOptions {
+        shards: topology.current().shards_of(&config.center.id).collect(),
         max_connections: config.orders.max_connections,
         ..StoreOptions::new(config.center.id.clone())
     };

@@ -94,6 +94,11 @@ impl Topology {
         self.shard_owners.get(usize::from(shard.number())).unwrap_or(&self.master)
     }
 
+    /// The shards whose users are at home in a center.
+    pub fn shards_of(&self, center: &CenterId) -> impl Iterator<Item = Shard> {
+        Shard::all().filter(move |shard| self.home_center(*shard) == center)
+    }
+
     /// A center by its id.
     pub fn center(&self, id: &CenterId) -> Option<&Center> {
         self.centers.get(id)

@@ -44,8 +44,10 @@ const READ_TIMEOUT: Duration = Duration::from_secs(60);
 /// How the store is opened.
 #[derive(Clone)]
 pub struct StoreOptions {
-    /// This center: the owner of a new database's shards.
+    /// This center.
     pub center: CenterId,
+    /// The shards that it owns, for a new database; one that exists says it itself (O1).
+    pub shards: Vec<Shard>,
     /// Connections that read; writes have their own: one with SQLite, eight with MySQL.
     pub max_connections: u32,
     /// Where the time comes from.
@@ -55,10 +57,11 @@ pub struct StoreOptions {
 }
 
 impl StoreOptions {
-    /// The defaults for a center.
+    /// The defaults for a center, which owns every shard.
     pub fn new(center: CenterId) -> StoreOptions {
         StoreOptions {
             center,
+            shards: Shard::all().collect(),
             max_connections: 4,
             clock: Arc::new(SystemClock),
             metrics: OrderMetrics::default(),
@@ -91,8 +94,8 @@ impl OrderStore {
     /// brings its tables to this release's form.
     pub async fn open(database_url: &str, options: StoreOptions) -> Result<OrderStore, Error> {
         let database = Arc::new(Database::of(database_url)?);
-        let StoreOptions { center, max_connections, clock, metrics } = options;
-        let session = database.open(&center).await?;
+        let StoreOptions { center, shards, max_connections, clock, metrics } = options;
+        let session = database.open(&center, &shards).await?;
         let readers = database.readers(max_connections).await?;
         let updates = Updates::default();
         let hub = Arc::new(Hub { updates: updates.clone(), metrics: metrics.clone() });

@@ -91,7 +91,7 @@ pub(super) fn readers(options: MySqlConnectOptions, connections: u32) -> MySqlPo
 /// through, the others find the work done. A statement that makes a table cannot be undone, so every step may be
 /// run again after it was interrupted, and the version is written behind it. Steps only add: releases before this
 /// one go on working beside it, as far back as `oldest` says.
-pub(super) async fn migrate(session: &mut Session, center: &CenterId) -> Result<(), Error> {
+pub(super) async fn migrate(session: &mut Session, center: &CenterId, shards: &[Shard]) -> Result<(), Error> {
     session
         .run(
             "CREATE TABLE IF NOT EXISTS schema_version (
@@ -116,7 +116,7 @@ pub(super) async fn migrate(session: &mut Session, center: &CenterId) -> Result<
             return Err(Error::Migrate("another instance has been at it for too long".to_owned()));
         }
         if version(session).await?.0 < 1 {
-            version_1(session, center).await?;
+            version_1(session, center, shards).await?;
         }
         session
             .run(format!(
@@ -135,7 +135,7 @@ async fn version(session: &mut Session) -> Result<(i64, i64), Error> {
     row.map_or(Ok((0, 0)), |row| Ok((row.int(0)?, row.int(1)?)))
 }
 
-async fn version_1(session: &mut Session, center: &CenterId) -> Result<(), Error> {
+async fn version_1(session: &mut Session, center: &CenterId, shards: &[Shard]) -> Result<(), Error> {
     let mut sql = String::new();
     for (number, table) in Table::all().enumerate() {
         sql.push_str(&order_tables(table));
@@ -144,13 +144,15 @@ async fn version_1(session: &mut Session, center: &CenterId) -> Result<(), Error
         }
     }
     session.run(sql + OTHER_TABLES).await?;
-    for shard in Shard::all() {
+    for shard in shards {
         session
             .execute(
                 "INSERT IGNORE INTO shard_owner (shard, owner, epoch) VALUES (?, ?, 0)",
                 values![shard.number(), center.as_str()],
             )
             .await?;
+    }
+    for shard in Shard::all() {
         session
             .execute(
                 "INSERT IGNORE INTO kafka_offsets (shard, next_offset) VALUES (?, 0)",

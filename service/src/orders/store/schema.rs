@@ -96,7 +96,11 @@ pub(super) async fn connect_readers(path: &Path, connections: u32) -> Result<Sql
 }
 
 /// Brings the tables to this release's form, in one transaction. Whoever comes second finds the work done.
-pub(super) async fn migrate(conn: &mut SqliteConnection, center: &CenterId) -> Result<(), Error> {
+pub(super) async fn migrate(
+    conn: &mut SqliteConnection,
+    center: &CenterId,
+    shards: &[Shard],
+) -> Result<(), Error> {
     let mut tx = conn.begin_with("BEGIN IMMEDIATE").await?;
     let found: i64 = sqlx::query_scalar("PRAGMA user_version").fetch_one(&mut *tx).await?;
     if found > SCHEMA {
@@ -106,7 +110,7 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, center: &CenterId) -> R
     }
     if found < 1 {
         sqlx::raw_sql(AssertSqlSafe(version_1())).execute(&mut *tx).await?;
-        for shard in Shard::all() {
+        for shard in shards {
             sqlx::query("INSERT INTO shard_owner (shard, owner, epoch) VALUES (?, ?, 0)")
                 .bind(shard.number())
                 .bind(center.as_str())
@@ -122,7 +126,7 @@ pub(super) async fn migrate(conn: &mut SqliteConnection, center: &CenterId) -> R
     Ok(())
 }
 
-/// A database whose shards are another center's is not for us.
+/// A database whose shards are another center's is not for us. One without any is a center's that joined later.
 pub(super) async fn check_owner(session: &mut Session, center: &CenterId) -> Result<(), Error> {
     let owner = session
         .row(
@@ -130,11 +134,12 @@ pub(super) async fn check_owner(session: &mut Session, center: &CenterId) -> Res
             values![center.as_str()],
         )
         .await?;
-    let owner = owner.as_ref().map_or(Ok(""), |row| row.text(0))?;
-    if owner == center.as_str() {
-        return Ok(());
+    match owner.as_ref().map(|row| row.text(0)).transpose()? {
+        Some(owner) if owner != center.as_str() => {
+            Err(Error::ForeignCenter { owner: owner.to_owned(), center: center.to_string() })
+        }
+        Some(_) | None => Ok(()),
     }
-    Err(Error::ForeignCenter { owner: owner.to_owned(), center: center.to_string() })
 }
 
 fn version_1() -> String {

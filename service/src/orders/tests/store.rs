@@ -289,6 +289,31 @@ async fn errors_of_the_file_name_it() {
     assert!(missing.to_string().contains("/nowhere/orders.db"), "{missing}");
 }
 
+#[tokio::test]
+async fn a_new_database_owns_the_shards_of_its_center() {
+    let dir = tempfile::tempdir().unwrap();
+    let url = format!("sqlite:{}", dir.path().join("orders.db").display());
+    let (bob, eve) = (order("bob", 1, &product(1, 900)), order("eve", 2, &product(1, 900)));
+    let shard = bob.uid.table().shard();
+    assert_ne!(shard, eve.uid.table().shard());
+    let options =
+        |center: &str, shards| StoreOptions { shards, ..StoreOptions::new(CenterId::new(center).unwrap()) };
+    // A center that joined without shards stores nobody's orders, and finds its database again.
+    for _ in 0..2 {
+        let store = OrderStore::open(&url, options("c", Vec::new())).await.unwrap();
+        store.close().await;
+    }
+    std::fs::remove_file(dir.path().join("orders.db")).unwrap();
+    let store = OrderStore::open(&url, options("a", vec![shard])).await.unwrap();
+    let batch = StoreBatch::outbox(0, at(0), at(1), vec![bob.clone(), eve.clone()]);
+    assert_eq!(store.store(batch).await.unwrap(), StoreOutcome { stored: 1, duplicates: 0, foreign: 1 });
+    assert!(store.order(bob.order_id).await.unwrap().is_some());
+    assert_eq!(store.order(eve.order_id).await.unwrap(), None);
+    store.close().await;
+    let foreign = OrderStore::open(&url, options("b", vec![shard])).await.err().unwrap();
+    assert!(matches!(&foreign, Error::ForeignCenter { owner, .. } if owner == "a"), "{foreign}");
+}
+
 async fn a_closed_store_says_so(kind: Kind) {
     let mut fixture = Fixture::on(kind).await;
     let record = order("bob", 1, &coupon(0));
