@@ -262,42 +262,48 @@ impl Lane {
         }
     }
 
-    /// Has purchases of one sale decided, until none is left: at the latest when their deadlines have passed, or
-    /// when an attempt goes on by itself.
+    /// Has purchases of one sale decided. What goes on by itself, or has to be attempted again, comes back as a
+    /// batch that was pending: the lane goes on meanwhile, because others need not wait for the same reason.
     async fn decide(&mut self, batch: &mut Vec<Waiting>) {
-        loop {
-            self.drop_late(batch);
-            let Some(first) = batch.first() else { return };
-            let sale = first.purchase.sale_id.clone();
-            let deadline = batch.iter().map(|waiting| waiting.deadline).max().unwrap_or(first.deadline);
-            let entries = batch.iter().map(Waiting::entry).collect();
-            match self.route.attempt(&sale, entries, deadline).await {
-                Attempt::Done(verdicts) => {
-                    answer(batch, verdicts);
-                    if batch.is_empty() {
-                        return;
-                    }
-                    hold(batch).await;
+        self.drop_late(batch);
+        let Some(first) = batch.first() else { return };
+        let sale = first.purchase.sale_id.clone();
+        let deadline = batch.iter().map(|waiting| waiting.deadline).max().unwrap_or(first.deadline);
+        let entries = batch.iter().map(Waiting::entry).collect();
+        match self.route.attempt(&sale, entries, deadline).await {
+            Attempt::Done(verdicts) => {
+                answer(batch, verdicts);
+                if !batch.is_empty() {
+                    let mut held = std::mem::take(batch);
+                    self.pending.spawn(async move {
+                        hold(&mut held).await;
+                        held
+                    });
                 }
-                Attempt::Pending { rest, late } => {
-                    self.pending.spawn(see_through(std::mem::take(batch), rest, late));
-                    return;
-                }
+            }
+            Attempt::Pending { rest, late } => {
+                self.pending.spawn(see_through(std::mem::take(batch), rest, late));
             }
         }
     }
 
-    /// Turns away what waited past its deadline before it was sent. What may have been sent is unknown instead.
+    /// Turns away what waited past its deadline before it was sent, or so near to it that an answer would come too
+    /// late: that would only make an outcome unknown that is known. What may have been sent is unknown instead.
     fn drop_late(&self, batch: &mut Vec<Waiting>) {
-        let now = Instant::now();
-        if batch.iter().all(|waiting| waiting.deadline > now) {
+        let until = Instant::now() + self.route.least();
+        if batch.iter().all(|waiting| waiting.deadline > until) {
             return;
         }
-        let (late, on_time) = batch.drain(..).partition(|waiting| waiting.deadline <= now);
+        let (late, on_time): (Vec<Waiting>, _) =
+            batch.drain(..).partition(|waiting| waiting.deadline <= until);
         *batch = on_time;
-        let late: Vec<Waiting> = late;
-        self.metrics.overloaded.inc_by(late.len() as u64);
-        late.into_iter().for_each(|waiting| waiting.refuse(PurchaseError::Overloaded));
+        for waiting in late {
+            let why = waiting.held.clone().unwrap_or_else(|| {
+                self.metrics.overloaded.inc();
+                PurchaseError::Overloaded
+            });
+            waiting.refuse(why);
+        }
     }
 }
 

@@ -26,14 +26,17 @@ use crate::cross_center::{CallError, CrossCenter};
 /// purchases in each are 270,000 a second; a signed call costs both sides some tens of microseconds, so smaller
 /// and more of them would only cost.
 const IN_FLIGHT: usize = 16;
-/// The share of an attempt's time that the master's instance may use, in percent: its answer is on its way before
-/// this side gives the attempt up as unknown.
-const MASTERS_SHARE: u32 = 80;
+/// What the way to the master's instance and back takes of an attempt's time: several round trips between centers.
+/// The instance may use the rest, so that its answer is here before this side gives the attempt up as unknown.
+const WAY: Duration = Duration::from_millis(200);
+/// With short deadlines the way takes this part of an attempt's time.
+const WAY_PART: u32 = 5;
 
 /// One lane's way to the master center.
 pub(super) struct Remote {
     cross: CrossCenter,
     attempt_timeout: Duration,
+    way: Duration,
     sold_out: Arc<SoldOut>,
     metrics: Arc<InventoryMetrics>,
     places: Arc<Semaphore>,
@@ -48,7 +51,13 @@ impl Remote {
         metrics: Arc<InventoryMetrics>,
     ) -> Remote {
         let places = Arc::new(Semaphore::new(IN_FLIGHT));
-        Remote { cross, attempt_timeout, sold_out, metrics, places }
+        let way = WAY.min(attempt_timeout / WAY_PART);
+        Remote { cross, attempt_timeout, way, sold_out, metrics, places }
+    }
+
+    /// An attempt with less time would hardly hear what it came to.
+    pub(super) fn least(&self) -> Duration {
+        self.way * 2
     }
 
     /// Sends the batch as soon as there is a place for it; the answer is waited for beside the lane.
@@ -68,7 +77,7 @@ impl Remote {
         let count = entries.len();
         let call = ReserveCall {
             sale_id: sale.clone(),
-            deadline_ms: u64::try_from((timeout * MASTERS_SHARE / 100).as_millis()).unwrap_or(u64::MAX),
+            deadline_ms: u64::try_from(timeout.saturating_sub(self.way).as_millis()).unwrap_or(u64::MAX),
             entries: entries.into_iter().map(line).collect(),
         };
         self.metrics.batches.inc();

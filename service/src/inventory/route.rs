@@ -4,6 +4,8 @@
 //! decider knows how to get one batch decided, once, and what its failure means for each purchase. The route is
 //! chosen anew for every attempt, so purchases that are held while the master changes go to the new one.
 
+use std::time::Duration;
+
 use futures_util::future::BoxFuture;
 use seckill_domain::{OrderId, SaleId};
 use seckill_ledger::ReserveEntry;
@@ -67,6 +69,14 @@ impl Route {
         match self.authority.grant() {
             Ok(grant) => matches!(grant.acknowledge, Acknowledge::Replicated { .. }),
             Err(refusal) => refusal.cause == Cause::NotMaster,
+        }
+    }
+
+    /// The least time that an attempt needs to come to an answer.
+    pub(super) fn least(&self) -> Duration {
+        match (&self.remote, self.authority.grant()) {
+            (Some(remote), Err(refusal)) if refusal.cause == Cause::NotMaster => remote.least(),
+            (Some(_) | None, _) => Duration::ZERO,
         }
     }
 
