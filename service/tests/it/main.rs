@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on says where")]
 
 mod audit;
+mod centers;
 mod client;
 mod crash;
 mod cross_center;
+mod crowd;
 mod inventory;
 mod ledger_lost;
 mod lifecycle;

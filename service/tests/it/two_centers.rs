@@ -1,4 +1,7 @@
-//! Two centers in one process tree: `seckill up --centers a,b`.
+//! Two centers: in one process tree, `seckill up --centers a,b`, and each by itself with 30 ms in between.
+
+mod faults;
+mod load;
 
 use http::Method;
 use serde_json::Value;

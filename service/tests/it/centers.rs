@@ -1,0 +1,442 @@
+//! Two centers as production runs them: in each a `seckill serve` and a redis-server, and between them lines that can
+//! be slow, silent or cut. Whatever one center asks of the other goes over such a line: the internal API, Redis
+//! replication and the guardian's looks.
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use http::Method;
+use seckill_parts::{Etcd, Link, LinkState, Redis, RedisOptions};
+use serde_json::{Value, json};
+
+use crate::client::Client;
+use crate::support::{PATIENCE, eventually};
+use crate::up::free_base_port;
+
+/// Half of the round trip between centers, and how much it may be longer: 30 ms ± 10 ms both ways.
+const ONE_WAY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(10));
+/// Lines of a center's log that a failed test shows.
+const LOG_LINES: usize = 80;
+
+/// Which of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Which {
+    /// The master at first.
+    A,
+    /// The other one.
+    B,
+}
+
+pub(crate) const BOTH: [Which; 2] = [Which::A, Which::B];
+
+impl Which {
+    pub(crate) fn id(self) -> &'static str {
+        match self {
+            Which::A => "a",
+            Which::B => "b",
+        }
+    }
+
+    pub(crate) fn number(self) -> u16 {
+        match self {
+            Which::A => 1,
+            Which::B => 2,
+        }
+    }
+
+    pub(crate) fn other(self) -> Which {
+        match self {
+            Which::A => Which::B,
+            Which::B => Which::A,
+        }
+    }
+}
+
+/// What may differ from test to test.
+#[derive(Debug, Default)]
+pub(crate) struct CentersOptions {
+    /// The topology lies in an etcd of the test's own, not in a file.
+    pub(crate) etcd: bool,
+    /// More of each center's configuration: whole tables.
+    pub(crate) more: Vec<(Which, String)>,
+    /// `queue = …`, where it is not the outbox.
+    pub(crate) queue: Option<&'static str>,
+    /// `orders.database_url` of a center, where it is not SQLite.
+    pub(crate) databases: Vec<(Which, String)>,
+}
+
+/// Two centers.
+pub(crate) struct Centers {
+    sides: [Side; 2],
+    /// Where the topology lies, if not in a file.
+    pub(crate) etcd: Option<Etcd>,
+    base_port: u16,
+    /// Dropped last.
+    dir: tempfile::TempDir,
+}
+
+/// One center.
+struct Side {
+    which: Which,
+    config: PathBuf,
+    redis: Redis,
+    /// How the other center reaches this one's Redis and internal listener.
+    to_redis: Link,
+    to_internal: Link,
+    child: Option<Child>,
+    output: Arc<Mutex<Vec<String>>>,
+}
+
+impl Centers {
+    /// Starts both, creates the ledger and waits until b confirms purchases.
+    pub(crate) async fn start(options: CentersOptions) -> Centers {
+        let dir = tempfile::tempdir().unwrap();
+        let etcd = match options.etcd {
+            true => Some(Etcd::start(&dir.path().join("etcd")).await.unwrap()),
+            false => None,
+        };
+        let base_port = free_base_port();
+        write_keys(dir.path());
+        let mut sides = Vec::new();
+        for which in BOTH {
+            let folder = dir.path().join(which.id());
+            let redis = RedisOptions { isolated: true, ..RedisOptions::default() };
+            let redis = Redis::start_with(&folder.join("redis"), &redis).await.unwrap();
+            let internal = SocketAddr::from(([127, 0, 0, 1], port(base_port, which) + 2));
+            let (to_redis, to_internal) = (Link::start(redis.address()), Link::start(internal));
+            sides.push(Side {
+                which,
+                config: folder.join("seckill.toml"),
+                redis,
+                to_redis: to_redis.unwrap(),
+                to_internal: to_internal.unwrap(),
+                child: None,
+                output: Arc::default(),
+            });
+        }
+        let Ok(sides) = <[Side; 2]>::try_from(sides) else { unreachable!("there are two") };
+        let mut centers = Centers { sides, etcd, base_port, dir };
+        centers.far_apart();
+        for which in BOTH {
+            let config = centers.configuration(which, &options);
+            std::fs::write(&centers.side(which).config, config).unwrap();
+            centers.spawn(which);
+        }
+        for which in BOTH {
+            centers.until_serving(which).await;
+        }
+        let (code, out, err) = centers.cli(Which::A, &["ledger", "init"]);
+        assert_eq!(code, 0, "{out}\n{err}\n{}", centers.logs());
+        centers.until_in_sync(0).await;
+        centers
+    }
+
+    fn configuration(&self, which: Which, options: &CentersOptions) -> String {
+        let dir = self.dir.path().display();
+        let (id, number, first) = (which.id(), which.number(), port(self.base_port, which));
+        let side = self.side(which);
+        let database = options.databases.iter().find(|(of, _)| *of == which);
+        let database =
+            database.map_or_else(|| format!("sqlite:{dir}/{id}/orders.db"), |(_, url)| url.clone());
+        let mut text = String::new();
+        if let Some(queue) = options.queue {
+            writeln!(text, "queue = \"{queue}\"").unwrap();
+        }
+        write!(
+            text,
+            r#"
+[center]
+id = "{id}"
+number = {number}
+[listen]
+public = "127.0.0.1:{first}"
+admin = "127.0.0.1:{}"
+internal = "127.0.0.1:{}"
+internal_url = "http://{}"
+[ledger]
+partitions = ["{}"]
+degrade_after_ms = 2000
+diverged_dir = "{dir}/{id}"
+[orders]
+database_url = "{database}"
+[limits]
+per_user = "off"
+[telemetry]
+log = "seckill=info,warn"
+"#,
+            first + 1,
+            first + 2,
+            side.to_internal.address(),
+            side.redis.url(),
+        )
+        .unwrap();
+        for (ring, file) in
+            [("users", "dev-token-secret"), ("admin", "admin-secret"), ("payments", "payments-secret")]
+        {
+            writeln!(text, "[[auth.{ring}.keys]]\nalg = \"HS256\"\nsecret_file = \"{dir}/{file}\"").unwrap();
+        }
+        match &self.etcd {
+            None => writeln!(text, "[topology]\npath = \"{dir}/topology.json\"").unwrap(),
+            Some(etcd) => writeln!(
+                text,
+                "[topology]\nstore = \"etcd\"\nlease_ttl_ms = 3000\n[topology.etcd]\nendpoints = [\"{}\"]\n\
+                 confirm_interval_ms = 300",
+                etcd.endpoint()
+            )
+            .unwrap(),
+        }
+        for of in BOTH {
+            let (other, first) = (self.side(of), port(self.base_port, of));
+            writeln!(
+                text,
+                "[[cluster.centers]]\nid = \"{0}\"\nnumber = {1}\npublic_url = \"http://127.0.0.1:{first}\"\n\
+                 admin_url = \"http://127.0.0.1:{2}\"\ninternal_url = \"http://{3}\"\nledger = [\"{4}\"]\n\
+                 [[cross_center.keys]]\nid = \"{0}-1\"\ncenter = \"{0}\"\nsecret_file = \"{dir}/cross-{0}.key\"",
+                of.id(),
+                of.number(),
+                first + 1,
+                other.to_internal.address(),
+                other.to_redis.address(),
+            )
+            .unwrap();
+        }
+        for (of, more) in &options.more {
+            if *of == which {
+                text.push_str(more);
+            }
+        }
+        text
+    }
+
+    fn side(&self, which: Which) -> &Side {
+        match which {
+            Which::A => &self.sides[0],
+            Which::B => &self.sides[1],
+        }
+    }
+
+    fn side_mut(&mut self, which: Which) -> &mut Side {
+        match which {
+            Which::A => &mut self.sides[0],
+            Which::B => &mut self.sides[1],
+        }
+    }
+
+    /// Starts a center's service.
+    pub(crate) fn spawn(&mut self, which: Which) {
+        self.side_mut(which).spawn();
+    }
+
+    /// kill -9 of a center's service.
+    pub(crate) fn kill_service(&mut self, which: Which) {
+        let mut child = self.side_mut(which).child.take().expect("it runs");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    /// A center's redis-server.
+    pub(crate) fn redis(&self, which: Which) -> &Redis {
+        &self.side(which).redis
+    }
+
+    /// Connected to a center's redis-server, with nothing in between.
+    pub(crate) async fn ledger(&self, which: Which) -> redis::aio::MultiplexedConnection {
+        let client = redis::Client::open(self.redis(which).url()).unwrap();
+        client.get_multiplexed_async_connection().await.unwrap()
+    }
+
+    /// Takes everything from a center's redis-server, which does not run.
+    pub(crate) fn empty_redis(&self, which: Which) {
+        let data = self.redis(which).dir().join("data");
+        std::fs::remove_dir_all(&data).unwrap();
+        std::fs::create_dir(&data).unwrap();
+    }
+
+    /// The last part of a center's append-only log.
+    pub(crate) fn redis_log(&self, which: Which) -> PathBuf {
+        let folder = self.redis(which).dir().join("data/appendonlydir");
+        let parts = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+        parts
+            .filter(|path| path.to_string_lossy().ends_with(".incr.aof"))
+            .max_by_key(|path| {
+                let name = path.file_name().unwrap().to_string_lossy().into_owned();
+                name.split('.').rev().nth(2).and_then(|number| number.parse::<u64>().ok())
+            })
+            .expect("it keeps a log")
+    }
+
+    fn links(&self) -> impl Iterator<Item = &Link> {
+        self.sides.iter().flat_map(|side| [&side.to_redis, &side.to_internal])
+    }
+
+    /// 30 ms ± 10 ms between the centers.
+    pub(crate) fn far_apart(&self) {
+        self.links().for_each(|link| link.set_delay(ONE_WAY.0, ONE_WAY.1));
+    }
+
+    /// What all lines between the centers do.
+    pub(crate) fn between(&self, state: LinkState) {
+        self.links().for_each(|link| link.set(state));
+    }
+
+    /// A client of a center.
+    pub(crate) fn client(&self, which: Which) -> Client {
+        Client::new(port(self.base_port, which), self.dir.path())
+    }
+
+    /// Runs a command of the binary against a center.
+    pub(crate) fn cli(&self, which: Which, args: &[&str]) -> (i32, String, String) {
+        let output = Command::new(env!("CARGO_BIN_EXE_seckill"))
+            .args(args)
+            .env("SECKILL_ADMIN_URL", format!("http://127.0.0.1:{}", port(self.base_port, which) + 1))
+            .env("SECKILL_ADMIN_TOKEN_FILE", self.dir.path().join("admin-token"))
+            .stdin(Stdio::null())
+            .output()
+            .unwrap();
+        (
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        )
+    }
+
+    /// A center's order database.
+    pub(crate) fn database(&self, which: Which) -> PathBuf {
+        self.dir.path().join(which.id()).join("orders.db")
+    }
+
+    /// Whether a center has logged this.
+    pub(crate) fn logged(&self, which: Which, text: &str) -> bool {
+        self.side(which).output.lock().unwrap().iter().any(|line| line.contains(text))
+    }
+
+    /// Waits until a center answers requests.
+    pub(crate) async fn until_serving(&mut self, which: Which) {
+        let client = self.client(which);
+        let deadline = Instant::now() + PATIENCE;
+        let url = format!("http://127.0.0.1:{}/readyz", port(self.base_port, which) + 1);
+        while !client.send(Method::GET, &url, "", &[], None).await.is_some_and(|answer| answer.status == 200)
+        {
+            let ended = self.side_mut(which).child.as_mut().unwrap().try_wait().unwrap();
+            assert!(ended.is_none(), "it ended ({ended:?}):\n{}", self.logs());
+            assert!(Instant::now() < deadline, "it never got ready:\n{}", self.logs());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The topology, as a center shows it.
+    pub(crate) async fn topology(&self, which: Which) -> Value {
+        self.client(which).admin(Method::GET, "/admin/v1/topology", &[], None).await.body
+    }
+
+    /// What a center says of itself.
+    pub(crate) async fn ready(&self, which: Which) -> Value {
+        self.client(which).admin(Method::GET, "/readyz", &[], None).await.body
+    }
+
+    /// The epoch that a center shows.
+    pub(crate) async fn epoch(&self, which: Which) -> u64 {
+        self.topology(which).await["epoch"].as_u64().unwrap()
+    }
+
+    /// Waits for an epoch after this one in which b has everything that is acknowledged.
+    pub(crate) async fn until_in_sync(&self, after_epoch: u64) -> u64 {
+        eventually("b is in sync", async || {
+            let topology = self.topology(Which::A).await;
+            let steady = topology["state"] == "steady" && topology["in_sync"][0]["center"] == "b";
+            topology["epoch"].as_u64().filter(|epoch| steady && *epoch > after_epoch)
+        })
+        .await
+    }
+
+    /// Waits until the master sells without b.
+    pub(crate) async fn until_degraded(&self) {
+        eventually("b is taken off", async || {
+            (self.topology(Which::A).await["state"] == "degraded").then_some(())
+        })
+        .await;
+    }
+
+    /// The ends of both logs.
+    pub(crate) fn logs(&self) -> String {
+        let mut text = String::new();
+        for side in &self.sides {
+            let lines = side.output.lock().unwrap();
+            let from = lines.len().saturating_sub(LOG_LINES);
+            writeln!(text, "--- center {}\n{}", side.which.id(), lines[from..].join("\n")).unwrap();
+        }
+        text
+    }
+}
+
+impl Drop for Centers {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("{}", self.logs());
+        }
+        for side in &mut self.sides {
+            if let Some(mut child) = side.child.take() {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+        }
+    }
+}
+
+impl Side {
+    fn spawn(&mut self) {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_seckill"))
+            .args(["serve", "--config"])
+            .arg(&self.config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        for stream in [
+            Box::new(child.stdout.take().unwrap()) as Box<dyn std::io::Read + Send>,
+            Box::new(child.stderr.take().unwrap()),
+        ] {
+            let output = Arc::clone(&self.output);
+            std::thread::spawn(move || {
+                for line in BufReader::new(stream).lines().map_while(Result::ok) {
+                    output.lock().unwrap().push(line);
+                }
+            });
+        }
+        self.child = Some(child);
+    }
+}
+
+/// The first port of a center.
+fn port(base: u16, which: Which) -> u16 {
+    base + (which.number() - 1) * 10
+}
+
+/// The key rings of both centers, and the tokens of an operator and of the shop's backend.
+fn write_keys(dir: &Path) {
+    for center in ["a", "b"] {
+        std::fs::create_dir(dir.join(center)).unwrap();
+        std::fs::write(dir.join(format!("cross-{center}.key")), center.repeat(32)).unwrap();
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs();
+    for (secret, token, subject) in [
+        ("dev-token-secret", "", ""),
+        ("admin-secret", "admin-token", "admin"),
+        ("payments-secret", "payments-token", "payments"),
+    ] {
+        let key = format!("{secret:-<32}");
+        std::fs::write(dir.join(secret), &key).unwrap();
+        if !token.is_empty() {
+            let key = jsonwebtoken::EncodingKey::from_secret(key.as_bytes());
+            let claims = json!({"sub": subject, "exp": now + 3600});
+            let signed = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap();
+            std::fs::write(dir.join(token), signed).unwrap();
+        }
+    }
+}
