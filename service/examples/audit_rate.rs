@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use seckill::audit::{self, Verdict};
-use seckill::orders::{OrderStore, StoreBatch, StoreOptions};
+use seckill::orders::{OrderCenters, OrderStore, StoreBatch, StoreOptions};
 use seckill_domain::{CenterId, CenterNumber, IdempotencyKey, OrderId, Quantity, SaleId, SaleSpec, Uid};
 use seckill_ledger::outbox::{self, Event};
 use seckill_ledger::testkit::RedisServer;
@@ -66,7 +66,7 @@ async fn main() -> Result<()> {
 
     for _ in 0..3 {
         let begin = Instant::now();
-        let report = audit::run(&store, &mut conn, None).await;
+        let report = audit::run(&OrderCenters::alone(store.clone()), &mut conn, None).await;
         ensure!(report.verdict == Verdict::Clean, "{report:?}");
         println!("audited in {:.2} s, resident {} MiB", begin.elapsed().as_secs_f64(), resident_mib()?);
     }

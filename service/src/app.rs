@@ -26,7 +26,8 @@ use crate::http::{
 };
 use crate::inventory::{Inventory, Parts};
 use crate::orders::{
-    KafkaMetrics, KafkaOptions, KafkaQueue, OrderStore, Queue, StoreOptions, WorkerOptions, Workers,
+    KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Queue, StoreOptions, WorkerOptions,
+    Workers,
 };
 use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess};
 use crate::telemetry::Metrics;
@@ -172,12 +173,14 @@ async fn serve(
     metrics.register(|registry| inventory.metrics().register(registry));
     let client = redis::Client::open(redis_url.as_str()).context("ledger.partitions")?;
     let queue = queue(config, &topology, &metrics)?;
-    let worker_options = WorkerOptions { cross, ..worker_options(config) };
+    let centers =
+        OrderCenters::new(config.center.id.clone(), orders.clone(), topology.clone(), cross.clone());
+    let worker_options = WorkerOptions { cross, centers: Some(centers.clone()), ..worker_options(config) };
     let workers = Workers::spawn(&orders, &[client], &authority, &queue, &worker_options, tracker, stop);
     let limiter = Limiter::new(&topology.current().limits);
     tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
 
-    let auditor = auditor(&inventory, &orders, workers.kafka().cloned());
+    let auditor = auditor(&inventory, &centers, workers.kafka().cloned());
     let tokens = Arc::new(tokens);
     let readiness = Readiness::default();
     let ending = CancellationToken::new();
@@ -197,6 +200,7 @@ async fn serve(
     let admin = admin_router(AdminState {
         inventory: inventory.clone(),
         orders: orders.clone(),
+        centers: centers.clone(),
         workers,
         tokens,
         topology: topology.clone(),
@@ -322,12 +326,13 @@ fn worker_options(config: &Config) -> WorkerOptions {
         expiry_grace_s: orders.expiry_grace_s,
         release_interval_ms: orders.release_interval_ms,
         cross: None,
+        centers: None,
         outbox_retention_s: orders.outbox_retention_s,
     }
 }
 
 /// Compares the books whenever an operator asks.
-fn auditor(inventory: &Inventory, orders: &OrderStore, kafka: Option<KafkaQueue>) -> Auditor {
+fn auditor(inventory: &Inventory, orders: &OrderCenters, kafka: Option<KafkaQueue>) -> Auditor {
     let (pool, orders) = (inventory.pool().clone(), orders.clone());
     Arc::new(move |sale| {
         let (pool, orders, kafka) = (pool.clone(), orders.clone(), kafka.clone());

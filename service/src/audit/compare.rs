@@ -5,17 +5,16 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::BuildHasher;
 
 use redis::aio::ConnectionLike;
-use seckill_domain::{OrderId, OrderStatus, OutboxId, Table, Uid};
+use seckill_domain::{OrderId, OrderStatus, OutboxId, SaleId, Table, Uid};
 use seckill_ledger::Error as LedgerError;
 use seckill_ledger::read::{self, Claim};
 
 use super::book::is_closed;
 use super::round::{LOOKUP, Round, Unstored};
 use super::{MAX_LISTED, Obstacle, Violation};
+use crate::cross_center::calls::AuditRowsCall;
 use crate::orders::AuditOrder;
 
-/// Rows of an order table read at once.
-const ROWS: u32 = 4096;
 /// Users' claims read at once; Redis takes about a millisecond for it.
 const CLAIMS: usize = 1000;
 
@@ -44,33 +43,75 @@ impl<C: ConnectionLike> Round<'_, C> {
         self.orders_without_claim(stored).await
     }
 
-    /// Step 2, first half: the order tables.
+    /// Step 2, first half: the order tables of all centers.
     async fn read_orders(
         &mut self,
         tables: std::ops::Range<u16>,
     ) -> Result<HashMap<OrderId, Stored>, Obstacle> {
         let mut stored = HashMap::new();
-        for table in tables.filter_map(Table::new) {
-            let mut after = Some(String::new());
-            while let Some(from) = after {
-                let rows = self.store.audit_rows(table, &from, self.only, ROWS).await?;
-                after = rows.next;
+        let mut copies: HashMap<OrderId, (usize, SaleId)> = HashMap::new();
+        for center in self.look.places() {
+            let mut next = Some((tables.start, String::new()));
+            while let Some((from, after)) = next {
+                let call = AuditRowsCall { from, until: tables.end, after, sale_id: self.only.cloned() };
+                let Some(rows) = self.look.rows(center, &call).await? else { break };
+                next = rows.next;
                 for row in rows.unreadable {
                     self.violations.push(Violation {
                         code: "order_unreadable",
                         detail: format!(
-                            "orders_{table} has a row {:?} that is no order: {}",
-                            row.order_id, row.reason
+                            "orders_{:03} has a row {:?} that is no order: {}",
+                            row.table, row.order_id, row.reason
                         ),
                         order_id: None,
                     });
                 }
-                for order in rows.orders {
-                    self.keep(table, &order, &mut stored);
+                let found =
+                    rows.tables.into_iter().filter_map(|(table, orders)| Some((Table::new(table)?, orders)));
+                for (table, orders) in found {
+                    let at_home = self.look.home(table) == center;
+                    for order in orders {
+                        if at_home {
+                            self.keep(table, &order, &mut stored);
+                        } else if rows.copies {
+                            copies.insert(order.order_id, (center, order.sale_id));
+                        } else {
+                            self.wrong_center(center, order.order_id, &order.sale_id);
+                        }
+                    }
                 }
             }
         }
+        self.check_copies(copies, &stored).await?;
         Ok(stored)
+    }
+
+    fn wrong_center(&mut self, center: usize, order_id: OrderId, sale_id: &SaleId) {
+        let (found, home) = (self.look.name(center), self.look.name(self.look.home(order_id.table())));
+        let sale = self.place(sale_id, None);
+        let detail = format!("order {order_id} is stored in {found}, belongs to {home}");
+        self.book(sale).violation("wrong_center", Some(order_id), detail);
+    }
+
+    /// Where databases replicate each other, each order's home has it, too: it is written there first.
+    async fn check_copies(
+        &mut self,
+        mut copies: HashMap<OrderId, (usize, SaleId)>,
+        stored: &HashMap<OrderId, Stored>,
+    ) -> Result<(), Obstacle> {
+        copies.retain(|order_id, _| !stored.contains_key(order_id));
+        let ids: Vec<OrderId> = copies.keys().copied().collect();
+        for chunk in ids.chunks(LOOKUP) {
+            for order in self.look.orders(chunk).await?.0 {
+                copies.remove(&order.order_id);
+            }
+        }
+        for (order_id, (center, sale_id)) in copies {
+            if self.look.answers(order_id.table()) {
+                self.wrong_center(center, order_id, &sale_id);
+            }
+        }
+        Ok(())
     }
 
     fn keep(&mut self, table: Table, order: &AuditOrder, stored: &mut HashMap<OrderId, Stored>) {
@@ -196,6 +237,8 @@ impl<C: ConnectionLike> Round<'_, C> {
                     suspects.push(Unstored { sale, claim: claim.clone() });
                 }
             }
+            // Where its order would be nobody says: it counts, and is not compared.
+            Entry::Vacant(_) if !self.look.answers(claim.order_id.table()) => {}
             Entry::Vacant(_) => match missing.entry(claim.order_id) {
                 Entry::Occupied(seen) => {
                     if seen.get().claim.uid != claim.uid || seen.get().sale != sale {
@@ -236,14 +279,15 @@ impl<C: ConnectionLike> Round<'_, C> {
     ) -> Result<(), Obstacle> {
         let mut positions = HashMap::new();
         for order_id in missing.keys() {
-            if let Entry::Vacant(place) = positions.entry(order_id.partition()) {
-                place.insert(self.store.position(order_id.partition()).await?);
+            let place = (self.look.home(order_id.table()), order_id.partition());
+            if let Entry::Vacant(entry) = positions.entry(place) {
+                entry.insert(self.look.position(place.0, place.1).await?);
             }
         }
         let ids: Vec<OrderId> = missing.keys().copied().collect();
         let mut missing = missing;
         for chunk in ids.chunks(LOOKUP) {
-            for order in self.store.audit_orders(chunk).await? {
+            for order in self.look.orders(chunk).await?.0 {
                 let Some(unstored) = missing.remove(&order.order_id) else { continue };
                 let book = &mut self.books[unstored.sale as usize];
                 book.orders.add(order.status);
@@ -261,7 +305,11 @@ impl<C: ConnectionLike> Round<'_, C> {
             }
         }
         for (order_id, unstored) in missing {
-            let position = positions.get(&order_id.partition()).copied().unwrap_or(OutboxId::ZERO);
+            let place = (self.look.home(order_id.table()), order_id.partition());
+            let Some(position) = positions.get(&place).copied().flatten() else { continue };
+            if !self.look.answers(order_id.table()) {
+                continue;
+            }
             if self.outbox_id(order_id) <= position {
                 self.claim_without_order(&unstored, position);
             } else {
@@ -283,14 +331,9 @@ impl<C: ConnectionLike> Round<'_, C> {
     async fn look_again_at(&mut self, suspects: Vec<Unstored>) -> Result<(), Obstacle> {
         for chunk in suspects.chunks(LOOKUP) {
             let ids: Vec<OrderId> = chunk.iter().map(|suspect| suspect.claim.order_id).collect();
-            let orders: HashMap<OrderId, AuditOrder> = self
-                .store
-                .audit_orders(&ids)
-                .await?
-                .into_iter()
-                .map(|order| (order.order_id, order))
-                .collect();
-            let awaiting = self.store.awaiting_release(&ids).await?;
+            let (orders, awaiting) = self.look.orders(&ids).await?;
+            let orders: HashMap<OrderId, AuditOrder> =
+                orders.into_iter().map(|order| (order.order_id, order)).collect();
             let mut uids: BTreeMap<u32, Vec<Uid>> = BTreeMap::new();
             for suspect in chunk {
                 uids.entry(suspect.sale).or_default().push(suspect.claim.uid.clone());

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use redis::aio::ConnectionLike;
-use seckill_domain::{OrderId, OrderRecord, Uid};
+use seckill_domain::{OrderId, OrderRecord, OutboxId, Uid};
 use seckill_ledger::outbox::{self, Event};
 use seckill_ledger::read;
 
@@ -15,16 +15,29 @@ impl<C: ConnectionLike> Round<'_, C> {
     /// Step 3, the end: what is behind the position must be in the outbox, and what is in the outbox must have
     /// its claim.
     pub(super) async fn settle_in_flight(&mut self) -> Result<(), Obstacle> {
-        let position = self.store.position(0).await?;
-        let due: Vec<OrderId> =
-            self.unstored.keys().copied().filter(|order_id| self.outbox_id(*order_id) <= position).collect();
+        let mut positions = Vec::new();
+        for place in self.look.places() {
+            positions.push(self.look.position(place, 0).await?);
+        }
+        let at = |round: &Self, order_id: OrderId| {
+            positions.get(round.look.home(order_id.table())).copied().flatten().unwrap_or(OutboxId::ZERO)
+        };
+        let due: Vec<OrderId> = self
+            .unstored
+            .keys()
+            .copied()
+            .filter(|order_id| self.outbox_id(*order_id) <= at(self, *order_id))
+            .collect();
         self.take_stored(&due).await?;
         for order_id in due {
-            if let Some(unstored) = self.unstored.remove(&order_id) {
-                self.claim_without_order(&unstored, position);
+            if let Some(unstored) = self.unstored.remove(&order_id)
+                && self.look.answers(order_id.table())
+            {
+                self.claim_without_order(&unstored, at(self, order_id));
             }
         }
-        let mut after = position;
+        // What everybody has stored is of no interest any more.
+        let mut after = positions.into_iter().flatten().min().unwrap_or(OutboxId::ZERO);
         while after < self.horizon {
             let page = outbox::read(self.conn, after, PAGE).await?;
             let Some(last) = page.entries.last() else { break };
@@ -48,6 +61,9 @@ impl<C: ConnectionLike> Round<'_, C> {
         let rest: Vec<OrderId> = self.unstored.keys().copied().collect();
         self.take_stored(&rest).await?;
         for (order_id, unstored) in std::mem::take(&mut self.unstored) {
+            if !self.look.answers(order_id.table()) {
+                continue;
+            }
             let detail = format!(
                 "{} holds order {order_id}, which is neither stored nor in the outbox",
                 unstored.claim.uid
@@ -59,7 +75,7 @@ impl<C: ConnectionLike> Round<'_, C> {
 
     async fn take_stored(&mut self, orders: &[OrderId]) -> Result<(), Obstacle> {
         for chunk in orders.chunks(LOOKUP) {
-            for order in self.store.audit_orders(chunk).await? {
+            for order in self.look.orders(chunk).await?.0 {
                 if let Some(unstored) = self.unstored.remove(&order.order_id) {
                     let book = self.book(unstored.sale);
                     book.orders.add(order.status);

@@ -6,8 +6,8 @@
 //!    compared stands still except for cancels, expiries and releases.
 //! 2. **Order tables, then claims.** An order is stored only after it was claimed, so each order that was read
 //!    has a claim by the time claims are read.
-//! 3. **A claim without an order**: the database's outbox position is read first, then the order is looked up
-//!    again. Position and orders move in one transaction, so an order at or before the position that was read
+//! 3. **A claim without an order**: its database's outbox position is read first, then the order is looked up
+//!    again in its home center. Position and orders move in one transaction, so an order at or before the position that was read
 //!    must be found; one behind it is in flight, and then the outbox must hold it.
 //! 4. **A released claim of an open order**: the order is read again. It was closed before its release was even
 //!    asked for, so now it must be closed.
@@ -16,12 +16,18 @@
 //! 6. **Sums**: a sale's row is read last, in one step. What changed between the horizon and that row is in the
 //!    outbox; with it, the sum of the claims seen is carried forward to the row's moment, to the unit.
 //!
+//! Each user's orders are in the database of the home center and nowhere else; databases that replicate each other
+//! hold copies, which count as long as the home center has the order, too. Other centers are asked over the
+//! cross-center API. One that does not answer makes the audit incomplete, and what is at home there is left out.
+//! The ledger is the master's: on a replica, claims may be behind the orders.
+//!
 //! Adoptions and archiving are the exception: they change claims without naming them. So whatever looks like a
 //! violation is looked at once more from the beginning, and counts if it is still there.
 
 mod book;
 mod compare;
 mod flight;
+mod look;
 mod queue;
 mod round;
 mod sums;
@@ -32,7 +38,7 @@ use seckill_domain::{OrderId, OrderStatus, SaleId};
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
-use crate::orders::{self, OrderStore};
+use crate::orders::{self, OrderCenters};
 
 /// Violations of one sale that are listed; the rest is counted.
 pub const MAX_LISTED: usize = 100;
@@ -147,12 +153,12 @@ enum Obstacle {
 
 /// Compares the books of all sales, or of one. Reads every claim and every order once, in batches; beyond two
 /// million orders it goes through the tables in several parts, so that its memory stays bounded.
-pub async fn run(store: &OrderStore, conn: &mut impl ConnectionLike, sale: Option<&SaleId>) -> Report {
+pub async fn run(orders: &OrderCenters, conn: &mut impl ConnectionLike, sale: Option<&SaleId>) -> Report {
     let _turn = TURN.acquire().await;
-    let first = round::run(store, conn, sale).await;
+    let first = round::run(orders, conn, sale).await;
     match first {
         Ok(report) if report.verdict != Verdict::Violation => report,
-        Ok(suspicious) => match round::run(store, conn, sale).await {
+        Ok(suspicious) => match round::run(orders, conn, sale).await {
             Ok(again) => confirmed(again, &suspicious),
             // What was seen once is not confirmed.
             Err(obstacle) => {

@@ -9,8 +9,9 @@ use seckill_ledger::read::{self, Claim, Sale};
 use seckill_ledger::{Fence, roles};
 
 use super::book::Book;
+use super::look::Look;
 use super::{MAX_LISTED, Obstacle, OrderCounts, Report, SaleReport, Verdict, Violation};
-use crate::orders::OrderStore;
+use crate::orders::OrderCenters;
 
 /// Orders held in memory at once, some 40 bytes each; more are compared in several parts.
 const PART: u64 = 2_000_000;
@@ -26,7 +27,7 @@ pub(super) struct Unstored {
 }
 
 pub(super) struct Round<'a, C> {
-    pub(super) store: &'a OrderStore,
+    pub(super) look: Look<'a>,
     pub(super) conn: &'a mut C,
     pub(super) only: Option<&'a SaleId>,
     pub(super) hasher: RandomState,
@@ -45,12 +46,16 @@ pub(super) struct Round<'a, C> {
 }
 
 pub(super) async fn run<C: ConnectionLike>(
-    store: &OrderStore,
+    orders: &OrderCenters,
     conn: &mut C,
     only: Option<&SaleId>,
 ) -> Result<Report, Obstacle> {
     // Read before the ledger: in a ledger that was never rolled back, all of it is at or before the last entry.
-    let stored = store.position(0).await?;
+    let mut look = Look::new(orders);
+    let mut stored = OutboxId::ZERO;
+    for place in look.places() {
+        stored = stored.max(look.position(place, 0).await?.unwrap_or(OutboxId::ZERO));
+    }
     let standing = roles::standing(conn).await?;
     // A ledger without a fence, or with one of another release, can still be read; its epoch is what it shows.
     let shown = standing.fence.as_deref().and_then(|fence| fence.split(':').nth(2)?.parse().ok());
@@ -62,7 +67,7 @@ pub(super) async fn run<C: ConnectionLike>(
         None => problems.push("the ledger has no fence: it is empty or was never begun".to_owned()),
     }
     let mut round = Round {
-        store,
+        look,
         conn,
         only,
         hasher: RandomState::new(),
@@ -83,6 +88,11 @@ pub(super) async fn run<C: ConnectionLike>(
     round.settle_in_flight().await?;
     round.sums().await?;
     round.set_aside().await?;
+    if !round.look.stands() {
+        return Ok(Report::incomplete("shards moved between centers meanwhile; audit again".to_owned()));
+    }
+    let silent: Vec<String> = round.look.silent().collect();
+    round.problems.extend(silent);
     Ok(round.report())
 }
 
@@ -161,21 +171,16 @@ impl<C: ConnectionLike> Round<'_, C> {
         self.outbox_id(order_id) <= self.horizon
     }
 
-    /// Outbox entries that the order database set aside because it could not read them.
+    /// Outbox entries that an order database set aside because it could not read them.
     async fn set_aside(&mut self) -> Result<(), Obstacle> {
-        let page = self.store.unreadable(MAX_LISTED as u32, None).await?;
-        let mut count = page.items.len() as u64;
-        let mut next = page.next;
-        for entry in page.items {
-            let detail = format!("{} was set aside: {}", entry.origin, entry.reason);
-            self.violations.push(Violation { code: "outbox_unreadable", detail, order_id: None });
+        for place in self.look.places() {
+            let Some(found) = self.look.unreadable(place).await? else { continue };
+            self.unreadable += found.count;
+            for (origin, reason) in found.entries {
+                let detail = format!("{origin} was set aside in {}: {reason}", self.look.name(place));
+                self.violations.push(Violation { code: "outbox_unreadable", detail, order_id: None });
+            }
         }
-        while let Some(cursor) = next {
-            let page = self.store.unreadable(1000, Some(cursor)).await?;
-            count += page.items.len() as u64;
-            next = page.next;
-        }
-        self.unreadable += count;
         Ok(())
     }
 

@@ -39,6 +39,7 @@ impl<C: ConnectionLike> Round<'_, C> {
             self.books.iter().filter_map(|book| book.row.as_ref()).map(|row| row.touched).max().unwrap_or(0);
         let mut quantities: HashMap<OrderId, u64> = HashMap::new();
         let mut after = self.horizon;
+        let mut told = true;
         'pages: loop {
             let page = outbox::read(self.conn, after, PAGE).await?;
             let Some(end) = page.entries.last() else { break };
@@ -68,10 +69,12 @@ impl<C: ConnectionLike> Round<'_, C> {
                             .copied()
                             .filter(|order_id| !quantities.contains_key(order_id))
                             .collect();
-                        for order in self.store.audit_orders(&unknown).await? {
+                        for order in self.look.orders(&unknown).await?.0 {
                             quantities.insert(order.order_id, u64::from(order.quantity));
                         }
+                        let known = unknown.iter().all(|order_id| self.look.answers(order_id.table()));
                         let Some(book) = self.changed_book(Some(&sale_id), busy, seq) else { continue };
+                        told &= known;
                         for order_id in new {
                             let units = quantities.get(&order_id).copied().unwrap_or(0);
                             book.held = book.held.saturating_sub(units);
@@ -82,7 +85,7 @@ impl<C: ConnectionLike> Round<'_, C> {
                 }
             }
         }
-        Ok(outbox::first_id(self.conn).await?.is_some_and(|first| first <= self.horizon))
+        Ok(told && outbox::first_id(self.conn).await?.is_some_and(|first| first <= self.horizon))
     }
 
     /// The book of a sale whose row already contains the entry `seq`.
@@ -93,6 +96,7 @@ impl<C: ConnectionLike> Round<'_, C> {
     }
 
     fn check_sums(&mut self, place: u32, exact: bool) {
+        let everybody = self.look.all_answer();
         let book = &mut self.books[place as usize];
         let Some(row) = book.row.clone() else { return };
         if row.total != row.remaining + row.claimed {
@@ -107,7 +111,7 @@ impl<C: ConnectionLike> Round<'_, C> {
             }
         }
         if book.archived() {
-            if book.held_by_orders != row.claimed {
+            if everybody && book.held_by_orders != row.claimed {
                 let detail = format!(
                     "paid orders hold {} units, the archived sale {}",
                     book.held_by_orders, row.claimed

@@ -6,6 +6,8 @@
 use seckill_domain::{CenterNumber, KeyDigest, Millis, OrderId, OutboxId, Quantity, SaleId, Uid};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::orders::AuditOrder;
+
 /// Opens a session; signed with a long-term key.
 pub const SESSIONS: &str = "/internal/v1/sessions";
 /// Decides a batch of purchases: [`ReserveCall`], [`ReserveAnswer`].
@@ -14,6 +16,20 @@ pub const RESERVE: &str = "/internal/v1/reserve";
 pub const RELEASE: &str = "/internal/v1/release";
 /// How far the center has stored the outbox: no body, [`OutboxAnswer`].
 pub const OUTBOX: &str = "/internal/v1/outbox";
+
+/// What the center's order database holds of a sale: [`SaleCall`], [`SaleAnswer`].
+pub const SALE: &str = "/internal/v1/orders/sale";
+/// A page of the order tables, for the audit: [`AuditRowsCall`], [`AuditRowsAnswer`].
+pub const AUDIT_ROWS: &str = "/internal/v1/audit/rows";
+/// Some orders, for the audit: [`AuditOrdersCall`], [`AuditOrdersAnswer`].
+pub const AUDIT_ORDERS: &str = "/internal/v1/audit/orders";
+/// What was set aside because it cannot be read: no body, [`AuditUnreadableAnswer`].
+pub const AUDIT_UNREADABLE: &str = "/internal/v1/audit/unreadable";
+
+/// Rows in a page of order tables at most: some 700 KB with the longest ids.
+pub const MAX_AUDIT_ROWS: u32 = 4096;
+/// Orders asked for at once at most.
+pub const MAX_AUDIT_ORDERS: usize = 500;
 
 /// Purchases or releases in one call at most: what the ledger takes.
 pub const MAX_ENTRIES: usize = seckill_ledger::MAX_BATCH;
@@ -157,6 +173,87 @@ pub enum ReleaseOutcome {
 pub struct OutboxAnswer {
     /// By partition.
     pub stored: Vec<(u8, OutboxId)>,
+}
+
+/// Asks what a center's order database holds of a sale.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaleCall {
+    /// The sale.
+    pub sale_id: SaleId,
+}
+
+/// What keeps a sale from being archived.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SaleAnswer {
+    /// Up to where each partition's outbox is stored, in the same picture as the counts.
+    pub stored: Vec<(u8, OutboxId)>,
+    /// Orders that are neither paid nor closed.
+    pub open: u64,
+    /// Orders whose units are on their way back to the ledger.
+    pub releasing: u64,
+}
+
+/// Asks for the rows behind a place in the order tables.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditRowsCall {
+    /// The table to begin in.
+    pub from: u16,
+    /// The table before which to end.
+    pub until: u16,
+    /// The order id in the first table behind which to begin; empty: at its beginning.
+    pub after: String,
+    /// Only orders of this sale.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sale_id: Option<SaleId>,
+}
+
+/// At most [`MAX_AUDIT_ROWS`] rows.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditRowsAnswer {
+    /// Orders, by the number of the table that they are in.
+    pub tables: Vec<(u16, Vec<AuditOrder>)>,
+    /// Rows that are no orders.
+    pub unreadable: Vec<UnreadableRow>,
+    /// Table and order id to go on with; absent at the end.
+    pub next: Option<(u16, String)>,
+    /// Whether the database may replicate those of other centers, and hold copies of their orders.
+    pub copies: bool,
+}
+
+/// A row that is no order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnreadableRow {
+    /// The table.
+    pub table: u16,
+    /// What its `order_id` says.
+    pub order_id: String,
+    /// What is wrong with it.
+    pub reason: String,
+}
+
+/// Asks for orders, at most [`MAX_AUDIT_ORDERS`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditOrdersCall {
+    /// The orders.
+    pub orders: Vec<OrderId>,
+}
+
+/// What became of some orders; read in this order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditOrdersAnswer {
+    /// Those that are stored.
+    pub orders: Vec<AuditOrder>,
+    /// Those whose units the ledger has not taken back yet.
+    pub releasing: Vec<OrderId>,
+}
+
+/// What was set aside because it cannot be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditUnreadableAnswer {
+    /// How much.
+    pub count: u64,
+    /// The newest of it: where it came from, and what is wrong with it.
+    pub entries: Vec<(String, String)>,
 }
 
 #[cfg(test)]

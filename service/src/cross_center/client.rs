@@ -38,8 +38,8 @@ const PING_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_IN_FLIGHT: usize = 192;
 /// Instances that are remembered; beyond it those that nobody names any more are forgotten.
 const MAX_PEERS: usize = 256;
-/// The largest answer that is read, bytes.
-const MAX_ANSWER_BYTES: usize = 4 << 20;
+/// The largest answer that is read, bytes: an audit of ten thousand sales, as a text within JSON.
+const MAX_ANSWER_BYTES: usize = 16 << 20;
 /// A session is opened again, and the request sent again, this often for one call.
 const SESSION_ATTEMPTS: usize = 2;
 

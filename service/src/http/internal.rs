@@ -18,12 +18,14 @@ use super::call::{Call, Measured, Routes, private_json};
 use super::problem::{self, Code, Problem};
 use super::relay::{RELAY, RelayAnswer, RelayCall, Vouched};
 use crate::cross_center::calls::{
-    MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall, ReserveCall, SESSIONS,
+    AUDIT_ORDERS, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersCall, AuditRowsCall, MAX_AUDIT_ORDERS,
+    MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall, ReserveCall, SALE,
+    SESSIONS, SaleCall,
 };
 use crate::cross_center::session::{Now, Sessions};
 use crate::cross_center::{Refusal, session::Caller};
 use crate::inventory::Inventory;
-use crate::orders::OrderStore;
+use crate::orders::{OrderStore, centers};
 use crate::telemetry::Metrics;
 use crate::topology::TopologyHandle;
 
@@ -31,8 +33,8 @@ use crate::topology::TopologyHandle;
 const FIRST_INTERNAL_ROUTE: usize = 56;
 /// A request for a session has some 250 bytes.
 const MAX_HELLO_BYTES: usize = 4 * 1024;
-/// The largest answer that is passed on: a page of a hundred orders has some 60 KB.
-const MAX_RELAYED_BYTES: usize = 1 << 20;
+/// The largest answer that is passed on: a page of a hundred orders has some 60 KB, an audit of ten thousand sales 5 MB.
+const MAX_RELAYED_BYTES: usize = 12 << 20;
 
 /// What the internal listener works with.
 pub struct InternalState {
@@ -68,6 +70,10 @@ pub fn internal_router(state: InternalState) -> Router {
         .post(RESERVE, reserve)
         .post(RELEASE, release)
         .post(OUTBOX, outbox)
+        .post(SALE, sale)
+        .post(AUDIT_ROWS, audit_rows)
+        .post(AUDIT_ORDERS, audit_orders)
+        .post(AUDIT_UNREADABLE, audit_unreadable)
         .post(RELAY, relay)
         .build(Arc::new(state))
         .0
@@ -129,6 +135,12 @@ async fn question<Q: DeserializeOwned>(state: &InternalState, call: &mut Call) -
     serde_json::from_slice(&body).map_err(|error| Problem::bad_request(error.to_string()).into())
 }
 
+/// The same for a call that only reads what this center holds: it has the same answer at every epoch.
+async fn look_up<Q: DeserializeOwned>(state: &InternalState, call: &mut Call) -> Result<Q, Rejected> {
+    let (_, body) = accept(state, call).await?;
+    serde_json::from_slice(&body).map_err(|error| Problem::bad_request(error.to_string()).into())
+}
+
 fn bounded(entries: usize) -> Result<(), Problem> {
     match entries {
         1..=MAX_ENTRIES => Ok(()),
@@ -168,6 +180,37 @@ async fn outbox(state: Arc<InternalState>, mut call: Call) -> Result<Response, P
     private_json(&OutboxAnswer { stored })
 }
 
+async fn sale(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    match look_up::<SaleCall>(&state, &mut call).await {
+        Ok(call) => private_json(&centers::sale(&state.orders, &call.sale_id).await?),
+        Err(rejected) => rejected.answer(SALE),
+    }
+}
+
+async fn audit_rows(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    match look_up::<AuditRowsCall>(&state, &mut call).await {
+        Ok(call) => private_json(&centers::rows(&state.orders, &call).await?),
+        Err(rejected) => rejected.answer(AUDIT_ROWS),
+    }
+}
+
+async fn audit_orders(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    match look_up::<AuditOrdersCall>(&state, &mut call).await {
+        Ok(call) if call.orders.len() > MAX_AUDIT_ORDERS => {
+            Err(Problem::bad_request(format!("A call has at most {MAX_AUDIT_ORDERS} orders")))
+        }
+        Ok(call) => private_json(&centers::some_orders(&state.orders, &call.orders).await?),
+        Err(rejected) => rejected.answer(AUDIT_ORDERS),
+    }
+}
+
+async fn audit_unreadable(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    match accept(&state, &mut call).await {
+        Ok(_) => private_json(&centers::set_aside(&state.orders).await?),
+        Err(rejected) => rejected.answer(AUDIT_UNREADABLE),
+    }
+}
+
 async fn relay(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
     let call: RelayCall = match question(&state, &mut call).await {
         Ok(call) => call,
@@ -190,13 +233,18 @@ async fn relay(state: Arc<InternalState>, mut call: Call) -> Result<Response, Pr
     }
     let mut request = request.body(Body::from(body)).map_err(|_| invalid())?;
     request.extensions_mut().insert(vouched);
-    let answered = state.tasks.spawn(async move {
+    let reads = request.method() == Method::GET;
+    let answer = async move {
         // A router is always ready and never fails.
         let response = router.oneshot(request).await.unwrap_or_else(|never| match never {});
         let (parts, body) = response.into_parts();
         let body = Limited::new(body, MAX_RELAYED_BYTES).collect().await.map_err(Problem::internal)?;
         let body = String::from_utf8(body.to_bytes().into()).map_err(Problem::internal)?;
         Ok::<_, Problem>(RelayAnswer::new(parts.status, &parts.headers, body))
-    });
-    private_json(&answered.await.map_err(Problem::internal)??)
+    };
+    // A change goes on after its caller has gone; nobody needs an answer that nobody waits for.
+    if reads {
+        return private_json(&answer.await?);
+    }
+    private_json(&state.tasks.spawn(answer).await.map_err(Problem::internal)??)
 }

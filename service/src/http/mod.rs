@@ -35,7 +35,7 @@ pub use server::{ServeOptions, serve};
 
 use crate::admission::{ClientAddress, Limiter, Tickets, Tokens};
 use crate::inventory::Inventory;
-use crate::orders::{OrderStore, Updates, Workers};
+use crate::orders::{OrderCenters, OrderStore, Updates, Workers};
 use crate::shift::GuardianHandle;
 use crate::telemetry::Metrics;
 use crate::topology::{Authority, Instances, TopologyHandle};
@@ -83,6 +83,8 @@ pub struct AdminState {
     pub inventory: Inventory,
     /// The order database.
     pub orders: OrderStore,
+    /// The order databases of all centers.
+    pub centers: OrderCenters,
     /// What brings the orders there.
     pub workers: Workers,
     /// The key rings.

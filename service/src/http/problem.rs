@@ -469,7 +469,10 @@ impl From<archive::Error> for Problem {
     fn from(error: archive::Error) -> Self {
         match error {
             archive::Error::Sale(error) => error.into(),
-            archive::Error::Orders(error) => error.into(),
+            archive::Error::Orders(orders::Untold::Own(error)) => error.into(),
+            archive::Error::Orders(error @ orders::Untold::Other { .. }) => {
+                Problem::with_detail(Code::OrdersUnavailable, error.to_string()).executed(Executed::No)
+            }
         }
     }
 }

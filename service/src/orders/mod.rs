@@ -8,6 +8,7 @@
 //! two lines, and may run twice at the same time.
 
 mod batch;
+pub(crate) mod centers;
 mod dead_letters;
 mod error;
 mod expiry;
@@ -27,6 +28,7 @@ mod workers;
 mod tests;
 
 pub use batch::{Advance, Origin, Place, StoreBatch, StoreOutcome, Unreadable};
+pub use centers::{Homes, OrderCenters, Untold};
 pub use dead_letters::{Replay, StillUnreadable, replay};
 pub use error::Error;
 pub use kafka::{CenterLabel, ConsumerStatus, KafkaMetrics, KafkaOptions, KafkaQueue, RelayStatus};

@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::centers::OrderCenters;
 use super::expiry::Expiry;
 use super::kafka::{KafkaOptions, KafkaQueue};
 use super::releases::Releases;
@@ -46,6 +47,8 @@ pub struct WorkerOptions {
     pub outbox_retention_s: u32,
     /// The way to other centers, where there are any.
     pub cross: Option<CrossCenter>,
+    /// The order databases of all centers, where there are others than this one's.
+    pub centers: Option<OrderCenters>,
 }
 
 impl Default for WorkerOptions {
@@ -57,6 +60,7 @@ impl Default for WorkerOptions {
             release_interval_ms: 100,
             outbox_retention_s: 3600,
             cross: None,
+            centers: None,
         }
     }
 }
@@ -145,7 +149,9 @@ impl Workers {
             }
         }
         for link in links.iter().cloned() {
-            let trim = Arc::new(Trim::new(store.clone(), link, options));
+            // Kafka has no mark of a center that nobody is at home in; a tailer follows the outbox there, too.
+            let everywhere = matches!(queue, Queue::Outbox);
+            let trim = Arc::new(Trim::new(store.clone(), link, options, everywhere));
             supervise("outbox trim", tracker, token, move |token| {
                 let trim = Arc::clone(&trim);
                 async move { trim.run(token).await }

@@ -19,7 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 const BOUNDS_S: [f64; 14] =
     [0.000_25, 0.000_5, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.25, 0.5, 1.0, 5.0];
 /// Routes that can be told apart; the routers have fewer.
-const MAX_ROUTES: usize = 64;
+const MAX_ROUTES: usize = 80;
 /// Outcomes of purchases that can be told apart.
 const MAX_OUTCOMES: usize = 48;
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use redis::aio::MultiplexedConnection;
 use seckill::audit::{self, Report, Verdict};
-use seckill::orders::{OrderStore, StoreBatch, StoreOptions};
+use seckill::orders::{OrderCenters, OrderStore, StoreBatch, StoreOptions};
 use seckill_domain::{
     CenterId, CenterNumber, IdempotencyKey, OrderId, OutboxId, Quantity, SaleId, SaleSpec, Uid,
 };
@@ -61,7 +61,7 @@ impl Books {
     }
 
     async fn audit(&mut self) -> Report {
-        audit::run(&self.store, &mut self.conn, None).await
+        audit::run(&OrderCenters::alone(self.store.clone()), &mut self.conn, None).await
     }
 
     /// What somebody with a database shell could do.
@@ -172,7 +172,9 @@ async fn books_in_order_are_clean_at_every_stage() {
     let sale = &report.sales[0];
     assert_eq!((sale.remaining, sale.claimed, sale.released), (41, 59, 1));
 
-    let one = audit::run(&books.store, &mut books.conn, Some(&books.sale.clone())).await;
+    let one =
+        audit::run(&OrderCenters::alone(books.store.clone()), &mut books.conn, Some(&books.sale.clone()))
+            .await;
     assert_eq!((one.verdict, one.sales.len()), (Verdict::Clean, 1));
 }
 

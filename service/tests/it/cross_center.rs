@@ -20,7 +20,7 @@ use seckill::cross_center::signature::{Signing, content_digest, sign};
 use seckill::cross_center::{CrossCenter, CrossKey, Keyring, MacKey};
 use seckill::http::{InternalState, PublicState, Relay, ServeOptions, internal_router, public_router, serve};
 use seckill::inventory::{Inventory, Parts as InventoryParts, Purchase, PurchaseError};
-use seckill::orders::{OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
+use seckill::orders::{OrderCenters, OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
 use seckill::telemetry::Metrics;
 use seckill::topology::{Authority, Center, FileStore, Instances, Limits, Topology, TopologyHandle};
 use seckill_domain::{CenterId, CenterNumber, IdempotencyKey, Quantity, SaleId, SaleSpec, Uid};
@@ -45,19 +45,22 @@ fn key(of: &str) -> CrossKey {
     CrossKey { id: format!("{of}-1"), center: center(of), secret }
 }
 
-fn ring(of: &str) -> Keyring {
+pub(crate) fn ring(of: &str) -> Keyring {
     Keyring::new(center(of), [key("a"), key("b")]).unwrap()
 }
 
 /// One center's service, as far as it takes part here.
-struct Side {
-    id: CenterId,
-    inventory: Inventory,
-    orders: OrderStore,
-    topology: TopologyHandle,
-    public: Router,
-    tasks: TaskTracker,
-    serving: CancellationToken,
+pub(crate) struct Side {
+    pub(crate) id: CenterId,
+    pub(crate) inventory: Inventory,
+    pub(crate) orders: OrderStore,
+    /// The order databases of both, as this one reaches them.
+    pub(crate) centers: OrderCenters,
+    pub(crate) topology: TopologyHandle,
+    pub(crate) public: Router,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) serving: CancellationToken,
+    served: Option<tokio::task::JoinHandle<()>>,
 }
 
 impl Side {
@@ -88,8 +91,22 @@ impl Side {
         };
         let inventory = Inventory::start(&parts, &tasks, stop, &CancellationToken::new()).unwrap();
         let database = format!("sqlite:{}", dir.join(format!("{id}.db")).display());
-        let orders = OrderStore::open(&database, StoreOptions::new(center(id))).await.unwrap();
-        let options = WorkerOptions { cross: Some(cross.clone()), ..WorkerOptions::default() };
+        let orders = OrderStore::open(
+            &database,
+            StoreOptions {
+                shards: topology.current().shards_of(&center(id)).collect(),
+                ..StoreOptions::new(center(id))
+            },
+        )
+        .await
+        .unwrap();
+        let centers = OrderCenters::new(center(id), orders.clone(), topology.clone(), Some(cross.clone()));
+        let options = WorkerOptions {
+            cross: Some(cross.clone()),
+            centers: Some(centers.clone()),
+            outbox_retention_s: 0,
+            ..WorkerOptions::default()
+        };
         Workers::spawn(&orders, &[redis.client()], &authority, &Queue::Outbox, &options, &tasks, stop);
         let ring = || Ring::new(vec![Key::hs256(None, USERS).unwrap()], None, "sub");
         let public = public_router(PublicState {
@@ -105,11 +122,21 @@ impl Side {
             relay: Relay::new(Some(cross)),
             shutdown: stop.clone(),
         });
-        Side { id: center(id), inventory, orders, topology, public, tasks, serving: CancellationToken::new() }
+        Side {
+            id: center(id),
+            inventory,
+            orders,
+            centers,
+            topology,
+            public,
+            tasks,
+            serving: CancellationToken::new(),
+            served: None,
+        }
     }
 
     /// Serves the internal listener as a process of this name.
-    async fn listen(&mut self, listener: TcpListener, instance: &str, keys: Keyring) {
+    pub(crate) async fn listen(&mut self, listener: TcpListener, instance: &str, keys: Keyring) {
         self.serving = CancellationToken::new();
         let router = internal_router(InternalState {
             sessions: Sessions::new(keys, instance.to_owned()),
@@ -122,10 +149,18 @@ impl Side {
             metrics: Arc::new(Metrics::new()),
         });
         let options = ServeOptions { drain_deadline: Duration::from_secs(1), ..ServeOptions::default() };
-        tokio::spawn(serve(listener, router, options, self.serving.clone()));
+        let served = serve(listener, router, options, self.serving.clone());
+        self.served = Some(tokio::spawn(async move {
+            served.await;
+        }));
     }
 
-    async fn buy(&self, sale: &SaleId, uid: &str, key: &str) -> Result<(String, bool), PurchaseError> {
+    pub(crate) async fn buy(
+        &self,
+        sale: &SaleId,
+        uid: &str,
+        key: &str,
+    ) -> Result<(String, bool), PurchaseError> {
         let purchase = Purchase {
             uid: Uid::new(uid).unwrap(),
             sale_id: sale.clone(),
@@ -156,24 +191,27 @@ impl Side {
 }
 
 /// Centers a (the master) and b. Users of even shards are at home in a.
-struct Pair {
-    a: Side,
-    b: Side,
+pub(crate) struct Pair {
+    pub(crate) a: Side,
+    pub(crate) b: Side,
     /// Where a's internal listener is.
-    at: SocketAddr,
+    pub(crate) at: SocketAddr,
     line: Line,
-    stop: CancellationToken,
-    _redis: RedisServer,
-    _dir: tempfile::TempDir,
+    pub(crate) stop: CancellationToken,
+    /// Where b's internal listener is.
+    pub(crate) b_at: SocketAddr,
+    pub(crate) redis: RedisServer,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Pair {
-    async fn open() -> Pair {
+    pub(crate) async fn open() -> Pair {
         let redis = RedisServer::start().await;
         let fence: Fence = redis.init_ledger().await;
         let dir = tempfile::tempdir().unwrap();
         let (of_a, of_b) = (bind(None).await, bind(None).await);
         let at = of_a.local_addr().unwrap();
+        let b_at = of_b.local_addr().unwrap();
         let line = Line::to(at).await;
         let described = |number, internal: SocketAddr| Center {
             number: CenterNumber::new(number).unwrap(),
@@ -197,10 +235,10 @@ impl Pair {
         let mut b = Side::start("b", &redis, dir.path(), document, authority, &stop).await;
         a.listen(of_a, "a-first", ring("a")).await;
         b.listen(of_b, "b-first", ring("b")).await;
-        Pair { a, b, at, line, stop, _redis: redis, _dir: dir }
+        Pair { a, b, at, line, stop, b_at, redis, dir }
     }
 
-    async fn sale(&self, id: &str, quantity: u64) -> SaleId {
+    pub(crate) async fn sale(&self, id: &str, quantity: u64) -> SaleId {
         let spec: SaleSpec = serde_json::from_value(json!({
             "sale_id": id, "kind": "product", "quantity": quantity, "price": 100, "currency": "CNY",
         }))
@@ -220,8 +258,12 @@ impl Pair {
     }
 
     /// a's process ends and another one takes its place.
-    async fn restart_a(&mut self, instance: &str, keys: Keyring) {
+    pub(crate) async fn restart_a(&mut self, instance: &str, keys: Keyring) {
         self.a.serving.cancel();
+        // A connection of the old process may carry one more call until it has ended.
+        if let Some(served) = self.a.served.take() {
+            served.await.unwrap();
+        }
         let listener = bind(Some(self.at)).await;
         self.a.listen(listener, instance, keys).await;
     }
@@ -235,7 +277,7 @@ impl Drop for Pair {
     }
 }
 
-async fn bind(at: Option<SocketAddr>) -> TcpListener {
+pub(crate) async fn bind(at: Option<SocketAddr>) -> TcpListener {
     let at = at.unwrap_or_else(|| SocketAddr::from(([127, 0, 0, 1], 0)));
     eventually("the port is free", async || TcpListener::bind(at).await.ok()).await
 }

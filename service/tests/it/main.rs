@@ -8,6 +8,7 @@ mod client;
 mod crash;
 mod cross_center;
 mod crowd;
+mod every_center;
 mod inventory;
 mod ledger_lost;
 mod lifecycle;

@@ -156,6 +156,7 @@ impl Shop {
         });
         let (admin, admin_routes) = super::super::admin_routes(AdminState {
             inventory,
+            centers: crate::orders::OrderCenters::alone(orders.clone()),
             orders,
             workers,
             tokens,

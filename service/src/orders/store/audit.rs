@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 
 use seckill_domain::{OrderId, OrderStatus, SaleId, Table, Uid};
+use serde::{Deserialize, Serialize};
 
 use super::super::error::Error;
 use super::read::parse_order_id;
@@ -12,7 +13,7 @@ use super::session::{Row, Session, Value};
 const LOOKUP: usize = 500;
 
 /// A stored order, as far as the audit compares it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AuditOrder {
     /// The order.
     pub order_id: OrderId,

@@ -295,12 +295,16 @@ impl OrderStore {
         self.writer()?.run_patiently(queue::ReleasesDone { done, unknown }).await
     }
 
-    /// Notes where a partition's position is now, and returns where it was at `before` or the last note before
-    /// that: what the outbox may be trimmed to.
-    pub async fn mark_position(&self, partition: u8, before: Millis) -> Result<Option<OutboxId>, Error> {
-        self.writer()?
-            .run_patiently(queue::Mark { partition, before, center: self.shared.center.clone() })
-            .await
+    /// Notes where a partition's position is now, or where the other centers' is if it is behind, and returns what was
+    /// noted at `before` or last before that: what the outbox may be trimmed to.
+    pub async fn mark_position(
+        &self,
+        partition: u8,
+        before: Millis,
+        others: Option<OutboxId>,
+    ) -> Result<Option<OutboxId>, Error> {
+        let center = self.shared.center.clone();
+        self.writer()?.run_patiently(queue::Mark { partition, before, others, center }).await
     }
 
     /// Asks for the release of every cancelled and expired order of a sale again: a ledger that was adopted may
@@ -349,6 +353,14 @@ impl OrderStore {
             Box::pin(async move { audit::rows(conn, table, &after, sale_id.as_ref(), limit).await })
         })
         .await
+    }
+
+    /// Whether the database may be replicated with those of other centers: then it holds copies of their rows.
+    pub fn may_hold_copies(&self) -> bool {
+        match &self.readers {
+            Readers::Sqlite(_) => false,
+            Readers::MySql(_) => true,
+        }
     }
 
     /// Those of these orders that are stored.

@@ -106,6 +106,8 @@ impl Write for Requeue {
 pub(super) struct Mark {
     pub(super) partition: u8,
     pub(super) before: Millis,
+    /// Where the other centers are, if there are any.
+    pub(super) others: Option<OutboxId>,
     pub(super) center: CenterId,
 }
 
@@ -119,6 +121,7 @@ impl Write for Mark {
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Option<OutboxId>, Error> {
         let position = Positions::read(tx.conn, &self.center).await?.stored(self.partition);
+        let position = self.others.map_or(position, |others| position.min(others));
         if position > OutboxId::ZERO {
             let or_set = tx.conn.dialect().or_set("`partition`, at", "position");
             tx.conn

@@ -110,6 +110,7 @@ pub(super) fn options() -> WorkerOptions {
         release_interval_ms: 10,
         outbox_retention_s: 0,
         cross: None,
+        centers: None,
     }
 }
 
@@ -439,7 +440,7 @@ async fn only_what_is_stored_long_enough_leaves_the_outbox() {
     shop.buy("s", &["late"]).await;
     let trim = |retention| {
         let options = WorkerOptions { outbox_retention_s: retention, ..options() };
-        Trim::new(shop.db.store.clone(), shop.link(), &options)
+        Trim::new(shop.db.store.clone(), shop.link(), &options, true)
     };
     let length = async || -> u64 {
         let mut conn = shop.redis.connect().await;
