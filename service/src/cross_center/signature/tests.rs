@@ -272,32 +272,6 @@ fn our_own_form_is_the_canonical_one() {
     assert_eq!(Presented::of(&parts, NOW).unwrap().base, base);
 }
 
-/// `cargo test --release -p seckill --lib what_signing_costs -- --ignored --nocapture`
-#[test]
-#[ignore = "prints figures; nothing to fail"]
-fn what_signing_costs() {
-    for kib in [1, 16, 64, 128] {
-        let body = vec![b'x'; kib * 1024];
-        let rounds = 20_000 / kib;
-        let started = std::time::Instant::now();
-        let mut kept = Vec::new();
-        for _ in 0..rounds {
-            kept = vec![signed(&body)];
-        }
-        let signing = started.elapsed();
-        let (parts, key) = kept.pop().unwrap();
-        let started = std::time::Instant::now();
-        for _ in 0..rounds {
-            let presented = Presented::of(&parts, NOW).unwrap();
-            presented.signed_with(&key).unwrap();
-            presented.covers_body(&body).unwrap();
-        }
-        let verifying = started.elapsed();
-        let each = |total: std::time::Duration| total.as_nanos() as f64 / rounds as f64 / 1000.0;
-        println!("{kib} KiB: sign {:.1} us, verify {:.1} us", each(signing), each(verifying));
-    }
-}
-
 #[test]
 fn the_example_of_the_documentation_is_what_it_says() {
     let body = br#"{"sale_id":"phone-1","deadline_ms":800,"entries":[["alice","00112233445566778899aabbccddeeff",1,2,null]]}"#;
