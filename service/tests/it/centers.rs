@@ -320,8 +320,7 @@ log = "seckill=info,warn"
         let client = self.client(which);
         let deadline = Instant::now() + PATIENCE;
         let url = format!("http://127.0.0.1:{}/readyz", port(self.base_port, which) + 1);
-        while !client.send(Method::GET, &url, "", &[], None).await.is_some_and(|answer| answer.status == 200)
-        {
+        while client.send(Method::GET, &url, "", &[], None).await.is_none_or(|answer| answer.status != 200) {
             let ended = self.side_mut(which).child.as_mut().unwrap().try_wait().unwrap();
             assert!(ended.is_none(), "it ended ({ended:?}):\n{}", self.logs());
             assert!(Instant::now() < deadline, "it never got ready:\n{}", self.logs());
