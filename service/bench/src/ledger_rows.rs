@@ -1,13 +1,12 @@
 //! The rows that are measured on the ledger itself.
 
 use redis::aio::MultiplexedConnection;
-use seckill_domain::{CenterNumber, IdempotencyKey, Quantity, SaleId, SaleSpec, Uid};
+use seckill_domain::SaleId;
+use seckill_ledger::Fence;
 use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{Fence, ReserveEntry, ReserveOutcome, reserve};
-use serde_json::json;
 
-use crate::Scope;
 use crate::table::{Better, Row, print, row};
+use crate::{Scope, purchases};
 
 const CLAIM: &str = "Redis memory per claim";
 const OUTBOX: &str = "Redis memory per order in the outbox";
@@ -84,39 +83,12 @@ pub(crate) async fn measure(scope: &Scope) -> anyhow::Result<Vec<Row>> {
 
 impl Ledger {
     async fn sale(&mut self, id: &str) -> anyhow::Result<SaleId> {
-        let spec: SaleSpec = serde_json::from_value(json!({
-            "sale_id": id, "kind": "product", "quantity": 1_000_000_000, "price": 1999, "currency": "CNY",
-        }))?;
-        seckill_ledger::create_sale(&mut self.conn, &self.fence, &spec, &[0; 16]).await?;
-        Ok(spec.sale_id)
+        purchases::sale(&mut self.conn, &self.fence, id).await
     }
 
     /// Purchases by the users from `first` on.
     async fn fill(&mut self, sale: &SaleId, first: u64, count: u64, batch: u64) -> anyhow::Result<()> {
-        let center = CenterNumber::new(1)?;
-        let mut next = first;
-        while next < first + count {
-            let end = (next + batch).min(first + count);
-            let entries: Vec<ReserveEntry> = (next..end)
-                .map(|user| {
-                    let key =
-                        IdempotencyKey::new(&format!("{user:08x}-0000-4000-8000-{:012x}", user * 7919))?;
-                    anyhow::Ok(ReserveEntry {
-                        uid: Uid::new(&format!("u{user:09}"))?,
-                        key: *key.digest(),
-                        quantity: Quantity::ONE,
-                        center,
-                        traceparent: None,
-                    })
-                })
-                .collect::<anyhow::Result<_>>()?;
-            let reply = reserve(&mut self.conn, &self.fence, 0, sale, &entries).await?;
-            anyhow::ensure!(
-                reply.outcomes.iter().all(|outcome| matches!(outcome, ReserveOutcome::Accepted(_)))
-            );
-            next = end;
-        }
-        Ok(())
+        purchases::accept(&mut self.conn, &self.fence, sale, first..first + count, batch).await
     }
 
     async fn outbox_bytes(&mut self) -> anyhow::Result<f64> {

@@ -4,11 +4,17 @@
 //! of their own, so that their CPU time is theirs alone; baselines and ours take turns, and the median of the
 //! rounds counts.
 
+mod centers_rows;
+mod drain;
+mod drain_rows;
+mod herd;
 mod http_rows;
 mod ledger_rows;
 mod load;
 mod orders_rows;
+mod pair;
 mod process;
+mod purchases;
 mod serve;
 mod service;
 mod table;
@@ -35,6 +41,9 @@ struct Cli {
     /// Rounds of each row.
     #[arg(long, default_value_t = 5)]
     rounds: u32,
+    /// Orders that drain through Kafka.
+    #[arg(long, default_value_t = 1_000_000)]
+    orders: u64,
     /// Where the result is written for programs.
     #[arg(long, default_value = "target/bench.json")]
     output: PathBuf,
@@ -59,6 +68,8 @@ pub(crate) struct Scope {
     pub(crate) requests: u32,
     /// Rounds of each row.
     pub(crate) rounds: u32,
+    /// Orders that drain through Kafka.
+    pub(crate) orders: u64,
 }
 
 impl Scope {
@@ -77,6 +88,7 @@ fn main() -> anyhow::Result<ExitCode> {
                 match kind {
                     serve::Kind::Bare { answer } => serve::bare(&answer).await,
                     serve::Kind::Service(args) => service::run(&args).await,
+                    serve::Kind::Drain(args) => drain::run(&args).await,
                     serve::Kind::PerRequest { redis, fence, secret } => {
                         serve::per_request(&redis, &fence, &secret).await
                     }
@@ -85,7 +97,12 @@ fn main() -> anyhow::Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         None => {
-            let scope = Scope { only: cli.only, requests: cli.requests, rounds: cli.rounds.max(1) };
+            let scope = Scope {
+                only: cli.only,
+                requests: cli.requests,
+                rounds: cli.rounds.max(1),
+                orders: cli.orders,
+            };
             runtime.block_on(measure(&scope, &cli.output))
         }
     }
@@ -95,7 +112,9 @@ async fn measure(scope: &Scope, output: &std::path::Path) -> anyhow::Result<Exit
     table::print_head();
     let mut rows = http_rows::measure(scope).await?;
     rows.extend(ledger_rows::measure(scope).await?);
+    rows.extend(centers_rows::measure(scope).await?);
     rows.extend(orders_rows::measure(scope).await?);
+    rows.extend(drain_rows::measure(scope).await?);
     table::write(output, &ledger_rows::redis_version().await, &rows)?;
     let failed = rows.iter().filter(|row| !row.passes()).count();
     println!("\n{} rows, {failed} below their bar; written to {}", rows.len(), output.display());

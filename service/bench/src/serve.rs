@@ -31,6 +31,8 @@ pub(crate) enum Kind {
     },
     /// The service's own public router on a ledger.
     Service(crate::service::Args),
+    /// The service's order workers alone: an outbox drains over Kafka into a database.
+    Drain(crate::drain::Args),
     /// Token, limits and one script call per request through the pool.
     PerRequest {
         /// URL of the redis-server.

@@ -21,10 +21,16 @@ use super::record::Outgoing;
 
 /// How long an administrative call, or a look at offsets, may take.
 pub(super) const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Bytes of records that a consumer fetched and nobody has taken yet; some 100,000 orders.
-const PREFETCH_KIB: &str = "32768";
-/// Bytes in one answer to a fetch, over all partitions.
-const FETCH_BYTES: &str = "8388608";
+/// A consumer fetches no more while so many records wait to be taken: two transactions' worth. The library's own
+/// bound, 100,000, is more than 100 MB, because each costs some 400 bytes beside its own 700.
+const PREFETCH: &str = "8192";
+/// The same in KiB of keys and contents, for large records; headers and bookkeeping come on top.
+const PREFETCH_KIB: &str = "8192";
+/// Bytes in one answer to a fetch, over all partitions, and of one of them. They count as the brokers have them,
+/// compressed to an eighth and less, so this is what bounds the memory of a consumer with a long way to go: some
+/// 20,000 orders. A larger batch is fetched alone.
+const FETCH_BYTES: &str = "1048576";
+const PARTITION_FETCH_BYTES: &str = "65536";
 /// Bytes of records that wait in a producer.
 const BUFFER_KIB: &str = "131072";
 
@@ -83,8 +89,10 @@ impl Connection {
             .set("isolation.level", "read_committed")
             // Whoever reads may wait for the order database for long.
             .set("max.poll.interval.ms", "86400000")
+            .set("queued.min.messages", PREFETCH)
             .set("queued.max.messages.kbytes", PREFETCH_KIB)
             .set("fetch.max.bytes", FETCH_BYTES)
+            .set("max.partition.fetch.bytes", PARTITION_FETCH_BYTES)
             .set("fetch.queue.backoff.ms", "20")
             .set("fetch.error.backoff.ms", "100");
         BaseConsumer::from_config_and_context(&config, Quiet)

@@ -7,7 +7,7 @@ use seckill_domain::{CenterId, OutboxId, Shard};
 
 use super::super::batch::{Advance, Place};
 use super::super::error::Error;
-use super::session::{Session, values};
+use super::session::{Session, Value, values};
 use super::writer::Tx;
 
 /// What the tables say about every partition's outbox.
@@ -76,19 +76,31 @@ pub(super) async fn kafka_offsets(conn: &mut Session) -> Result<Vec<(Shard, i64)
 
 /// Moves the positions. One that is not where the caller took it to be undoes the whole transaction.
 pub(super) async fn advance(tx: &mut Tx<'_>, steps: &[Advance]) -> Result<(), Error> {
+    let mut kafka = Vec::with_capacity(steps.len());
     for step in steps {
         match step {
             Advance::Outbox { partition, from, to } => move_outbox(tx.conn, *partition, *from, *to).await?,
             Advance::Kafka { shard, from, to, outbox } => {
                 tx.owned.check(*shard)?;
-                move_kafka(tx.conn, *shard, *from, *to).await?;
-                for (partition, mark) in outbox {
-                    raise_mark(tx.conn, *shard, *partition, *mark).await?;
-                }
+                kafka.push(Step { shard: *shard, from: *from, to: *to, marks: outbox });
             }
         }
     }
-    Ok(())
+    if kafka.is_empty() {
+        return Ok(());
+    }
+    // In the order of shards, two batches that meet wait for each other in the same order.
+    kafka.sort_unstable_by_key(|step| step.shard);
+    move_kafka(tx.conn, &kafka).await?;
+    raise_marks(tx.conn, &kafka).await
+}
+
+/// One step of a shard's Kafka partition.
+struct Step<'a> {
+    shard: Shard,
+    from: i64,
+    to: i64,
+    marks: &'a [(u8, OutboxId)],
 }
 
 async fn move_outbox(conn: &mut Session, partition: u8, from: OutboxId, to: OutboxId) -> Result<(), Error> {
@@ -120,45 +132,64 @@ async fn move_outbox(conn: &mut Session, partition: u8, from: OutboxId, to: Outb
     })
 }
 
-async fn move_kafka(conn: &mut Session, shard: Shard, from: i64, to: i64) -> Result<(), Error> {
-    let moved = conn
-        .execute(
-            "UPDATE kafka_offsets SET next_offset = ? WHERE shard = ? AND next_offset = ?",
-            values![to, shard.number(), from],
-        )
-        .await?;
-    if moved == 1 {
-        return Ok(());
+/// Two statements, however many shards: a batch of a large drain has a step of every one.
+async fn move_kafka(conn: &mut Session, steps: &[Step<'_>]) -> Result<(), Error> {
+    let shards: Vec<Value<'_>> = steps.iter().map(|step| step.shard.number().into()).collect();
+    let (marks, lock) = (vec!["?"; steps.len()].join(", "), conn.dialect().for_update());
+    let sql =
+        format!("SELECT shard, next_offset FROM kafka_offsets WHERE shard IN ({marks}) ORDER BY shard{lock}");
+    let mut found = BTreeMap::new();
+    for row in conn.rows(sql, &shards).await? {
+        found.insert(shard_of(row.small(0)?)?, row.int(1)?);
     }
-    let found: i64 =
-        conn.number("SELECT next_offset FROM kafka_offsets WHERE shard = ?", values![shard.number()]).await?;
-    Err(Error::PositionMoved {
-        place: Place::Kafka(shard),
-        expected: from.to_string(),
-        found: found.to_string(),
-    })
+    let mut moved = Vec::with_capacity(steps.len() * 2);
+    for step in steps {
+        match found.get(&step.shard) {
+            Some(next) if *next == step.from => {
+                moved.extend_from_slice(values![step.shard.number(), step.to]);
+            }
+            other => {
+                return Err(Error::PositionMoved {
+                    place: Place::Kafka(step.shard),
+                    expected: step.from.to_string(),
+                    found: other.map_or_else(|| "none".to_owned(), i64::to_string),
+                });
+            }
+        }
+    }
+    let or_set = conn.dialect().or_set("shard", "next_offset");
+    let rows = vec!["(?, ?)"; steps.len()].join(", ");
+    conn.execute(format!("INSERT INTO kafka_offsets (shard, next_offset) VALUES {rows} {or_set}"), &moved)
+        .await?;
+    Ok(())
 }
 
 /// Marks never go back: a relay that was not told of an acknowledgement publishes the same records again, behind
-/// later ones.
-async fn raise_mark(conn: &mut Session, shard: Shard, partition: u8, mark: OutboxId) -> Result<(), Error> {
-    let row = conn
-        .row(
-            "SELECT position FROM kafka_marks WHERE shard = ? AND `partition` = ?",
-            values![shard.number(), partition],
-        )
-        .await?;
-    let stored = match row {
-        Some(row) => row.text(0)?.parse()?,
-        None => OutboxId::ZERO,
-    };
-    if stored >= mark {
+/// later ones. Whoever moved the offsets of these shards has their marks to itself.
+async fn raise_marks(conn: &mut Session, steps: &[Step<'_>]) -> Result<(), Error> {
+    let shards: Vec<Value<'_>> = steps.iter().map(|step| step.shard.number().into()).collect();
+    let marks = vec!["?"; steps.len()].join(", ");
+    let sql = format!("SELECT shard, `partition`, position FROM kafka_marks WHERE shard IN ({marks})");
+    let mut stored: BTreeMap<(Shard, u8), OutboxId> = BTreeMap::new();
+    for row in conn.rows(sql, &shards).await? {
+        stored.insert((shard_of(row.small(0)?)?, row.small(1)?), row.text(2)?.parse()?);
+    }
+    let mut raised = Vec::with_capacity(steps.len() * 3);
+    for step in steps {
+        for (partition, mark) in step.marks {
+            if stored.get(&(step.shard, *partition)).is_none_or(|stored| stored < mark) {
+                raised.extend_from_slice(values![step.shard.number(), *partition, mark.to_string()]);
+            }
+        }
+    }
+    if raised.is_empty() {
         return Ok(());
     }
     let or_set = conn.dialect().or_set("shard, `partition`", "position");
+    let rows = vec!["(?, ?, ?)"; raised.len() / 3].join(", ");
     conn.execute(
-        format!("INSERT INTO kafka_marks (shard, `partition`, position) VALUES (?, ?, ?) {or_set}"),
-        values![shard.number(), partition, mark.to_string()],
+        format!("INSERT INTO kafka_marks (shard, `partition`, position) VALUES {rows} {or_set}"),
+        &raised,
     )
     .await?;
     Ok(())
