@@ -198,7 +198,8 @@ pub(crate) async fn ask_again(client: &Client, sale: &str, bought: &[Bought]) {
 /// Waits until every purchase in the master's ledger is stored, and compares the books of both centers:
 /// - whatever was acknowledged is in the ledger of the center `master`,
 /// - what is in the ledger is in its home center's database, and only there, and nothing else is in any,
-/// - no more was sold than was on offer, and what is left is right.
+/// - no more was sold than was on offer, and what is left is right,
+/// - the audit, asked of either center, finds the same: it looks at the orders of both.
 ///
 /// Returns how many orders there are.
 pub(crate) async fn compare_books(centers: &Centers, master: Which, sale: &str, bought: &[Bought]) -> u64 {
@@ -257,7 +258,16 @@ pub(crate) async fn compare_books(centers: &Centers, master: Which, sale: &str, 
             tokio::time::sleep(Duration::from_millis(200)).await;
         }
     }
+    assert_audits_clean(centers);
     claims.len() as u64
+}
+
+/// `seckill audit`, asked of either center, finds nothing.
+pub(crate) fn assert_audits_clean(centers: &Centers) {
+    for which in BOTH {
+        let (code, out, err) = centers.cli(which, &["audit"]);
+        assert_eq!(code, 0, "asked of {}:\n{out}\n{err}", which.id());
+    }
 }
 
 /// All orders of a sale in an order database, with their users, in order.

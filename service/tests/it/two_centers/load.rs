@@ -8,7 +8,7 @@ use seckill_domain::{SHARDS, Uid};
 use serde_json::json;
 
 use crate::centers::{BOTH, Centers, CentersOptions, Which};
-use crate::crowd::{Crowd, ask_again, compare_books, user_of};
+use crate::crowd::{Crowd, ask_again, assert_audits_clean, compare_books, user_of};
 use crate::support::eventually;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -100,6 +100,9 @@ async fn load_on_both_centers_sells_each_unit_once_and_stores_each_order_at_home
         eventually("both units are back", async || (client.remaining("phone").await == 10).then_some(()))
             .await;
     }
+
+    // Stock that changed and orders that were given back are in the books, too.
+    assert_audits_clean(&centers);
 
     // A limit set in b holds in both.
     let limits = b.admin(Method::GET, "/admin/v1/topology", &[], None).await.body["limits"].clone();
