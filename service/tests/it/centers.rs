@@ -88,6 +88,8 @@ struct Side {
     /// How the other center reaches this one's Redis and internal listener.
     to_redis: Link,
     to_internal: Link,
+    /// The URL of its order database, which may hold a password.
+    database: String,
     child: Option<Child>,
     output: Arc<Mutex<Vec<String>>>,
 }
@@ -108,6 +110,8 @@ impl Centers {
             let redis = RedisOptions { isolated: true, ..RedisOptions::default() };
             let redis = Redis::start_with(&folder.join("redis"), &redis).await.unwrap();
             let internal = SocketAddr::from(([127, 0, 0, 1], port(base_port, which) + 2));
+            let own = || format!("sqlite:{}/orders.db", folder.display());
+            let database = options.databases.iter().find(|(of, _)| *of == which);
             let (to_redis, to_internal) = (Link::start(redis.address()), Link::start(internal));
             sides.push(Side {
                 which,
@@ -115,6 +119,7 @@ impl Centers {
                 redis,
                 to_redis: to_redis.unwrap(),
                 to_internal: to_internal.unwrap(),
+                database: database.map_or_else(own, |(_, url)| url.clone()),
                 child: None,
                 output: Arc::default(),
             });
@@ -140,9 +145,6 @@ impl Centers {
         let dir = self.dir.path().display();
         let (id, number, first) = (which.id(), which.number(), port(self.base_port, which));
         let side = self.side(which);
-        let database = options.databases.iter().find(|(of, _)| *of == which);
-        let database =
-            database.map_or_else(|| format!("sqlite:{dir}/{id}/orders.db"), |(_, url)| url.clone());
         let mut text = String::new();
         if let Some(queue) = options.queue {
             writeln!(text, "queue = \"{queue}\"").unwrap();
@@ -162,8 +164,6 @@ internal_url = "http://{}"
 partitions = ["{}"]
 degrade_after_ms = 2000
 diverged_dir = "{dir}/{id}"
-[orders]
-database_url = "{database}"
 [limits]
 per_user = "off"
 [telemetry]
@@ -305,9 +305,9 @@ log = "seckill=info,warn"
         )
     }
 
-    /// A center's order database.
-    pub(crate) fn database(&self, which: Which) -> PathBuf {
-        self.dir.path().join(which.id()).join("orders.db")
+    /// The URL of a center's order database.
+    pub(crate) fn database(&self, which: Which) -> String {
+        self.side(which).database.clone()
     }
 
     /// Whether a center has logged this.
@@ -348,7 +348,9 @@ log = "seckill=info,warn"
         eventually("b is in sync", async || {
             let topology = self.topology(Which::A).await;
             let steady = topology["state"] == "steady" && topology["in_sync"][0]["center"] == "b";
-            topology["epoch"].as_u64().filter(|epoch| steady && *epoch > after_epoch)
+            // Between the topology's new epoch and the ledger's nobody sells.
+            let sells = self.ready(Which::A).await["authority"]["cause"].is_null();
+            topology["epoch"].as_u64().filter(|epoch| steady && sells && *epoch > after_epoch)
         })
         .await
     }
@@ -392,6 +394,7 @@ impl Side {
         let mut child = Command::new(env!("CARGO_BIN_EXE_seckill"))
             .args(["serve", "--config"])
             .arg(&self.config)
+            .env("SECKILL__ORDERS__DATABASE_URL", &self.database)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

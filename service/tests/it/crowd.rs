@@ -1,7 +1,6 @@
 //! Shoppers of two centers who do not give up, and the comparison of what they were told with both centers' books.
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -9,7 +8,7 @@ use std::time::{Duration, Instant};
 use seckill_domain::{OrderId, SHARDS, SaleId, TABLES, Uid};
 use seckill_ledger::read;
 use serde_json::json;
-use sqlx::{AssertSqlSafe, ConnectOptions, Row};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, MySqlConnection};
 use tokio::task::JoinSet;
 
 use crate::centers::{BOTH, Centers, Which};
@@ -271,22 +270,34 @@ pub(crate) fn assert_audits_clean(centers: &Centers) {
 }
 
 /// All orders of a sale in an order database, with their users, in order.
-async fn stored_orders(database: &Path, sale: &str) -> Vec<(String, String)> {
-    let mut conn = sqlx::sqlite::SqliteConnectOptions::new()
-        .filename(database)
-        .read_only(true)
-        .busy_timeout(Duration::from_secs(20))
-        .connect()
-        .await
-        .unwrap();
-    let mut orders = Vec::new();
-    for from in (0..TABLES).step_by(usize::from(COMPOUND_MAX)) {
+pub(crate) async fn stored_orders(database: &str, sale: &str) -> Vec<(String, String)> {
+    let statements = (0..TABLES).step_by(usize::from(COMPOUND_MAX)).map(|from| {
         let tables: Vec<String> = (from..TABLES.min(from + COMPOUND_MAX))
             .map(|table| format!("SELECT order_id, uid FROM orders_{table:03} WHERE sale_id = '{sale}'"))
             .collect();
-        let rows =
-            sqlx::raw_sql(AssertSqlSafe(tables.join(" UNION ALL "))).fetch_all(&mut conn).await.unwrap();
-        orders.extend(rows.iter().map(|row| (row.get::<String, _>(0), row.get::<String, _>(1))));
+        tables.join(" UNION ALL ")
+    });
+    let mut orders: Vec<(String, String)> = Vec::new();
+    match database.strip_prefix("sqlite:") {
+        Some(file) => {
+            let mut conn = sqlx::sqlite::SqliteConnectOptions::new()
+                .filename(file)
+                .read_only(true)
+                .busy_timeout(Duration::from_secs(20))
+                .connect()
+                .await
+                .unwrap();
+            for sql in statements {
+                orders.extend(sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&mut conn).await.unwrap());
+            }
+        }
+        None => {
+            let mut conn = MySqlConnection::connect(database).await.unwrap();
+            for sql in statements {
+                orders.extend(sqlx::query_as(AssertSqlSafe(sql)).fetch_all(&mut conn).await.unwrap());
+            }
+            conn.close().await.unwrap();
+        }
     }
     orders.sort();
     orders

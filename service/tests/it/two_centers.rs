@@ -1,5 +1,6 @@
 //! Two centers: in one process tree, `seckill up --centers a,b`, and each by itself with 30 ms in between.
 
+mod behind;
 mod faults;
 mod load;
 

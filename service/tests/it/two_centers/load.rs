@@ -11,18 +11,29 @@ use crate::centers::{BOTH, Centers, CentersOptions, Which};
 use crate::crowd::{Crowd, ask_again, assert_audits_clean, compare_books, user_of};
 use crate::support::eventually;
 
+use super::behind::Behind;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn load_on_both_centers_sells_each_unit_once_and_stores_each_order_at_home() {
+    load_on_both(&Centers::start(CentersOptions::default()).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_kafka_mariadb_and_etcd_load_on_both_centers_does_the_same() {
+    let behind = Behind::start().await;
+    load_on_both(&Centers::start(behind.options()).await).await;
+}
+
+async fn load_on_both(centers: &Centers) {
     const UNITS: usize = 1500;
     const USERS: usize = 2500;
-    let centers = Centers::start(CentersOptions::default()).await;
     let [a, b] = BOTH.map(|which| centers.client(which));
     // The back office asks b; the master decides, and both show it.
     b.create_sale("phone", UNITS as u64, json!({})).await;
     eventually("a shows the sale", async || (a.remaining("phone").await == UNITS as u64).then_some(())).await;
 
     let started = Instant::now();
-    let heard = Crowd::start(&centers, "phone", "u", 64, USERS as u64).finish().await;
+    let heard = Crowd::start(centers, "phone", "u", 64, USERS as u64).finish().await;
     println!("{UNITS} of {USERS} purchases in {:?}; asked again: {:?}", started.elapsed(), heard.again);
     assert_eq!((heard.bought.len(), heard.sold_out), (UNITS, (USERS - UNITS) as u64));
     let orders: HashSet<&str> = heard.bought.iter().map(|bought| bought.order_id.as_str()).collect();
@@ -30,7 +41,7 @@ async fn load_on_both_centers_sells_each_unit_once_and_stores_each_order_at_home
     let shards: HashSet<u8> =
         heard.bought.iter().map(|bought| Uid::new(&bought.uid).unwrap().table().shard().number()).collect();
     assert_eq!(shards.len(), usize::from(SHARDS));
-    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, UNITS as u64);
+    assert_eq!(compare_books(centers, Which::A, "phone", &heard.bought).await, UNITS as u64);
     for client in [&a, &b] {
         ask_again(client, "phone", &heard.bought[..100]).await;
         eventually("it is shown as sold out", async || {
@@ -102,7 +113,7 @@ async fn load_on_both_centers_sells_each_unit_once_and_stores_each_order_at_home
     }
 
     // Stock that changed and orders that were given back are in the books, too.
-    assert_audits_clean(&centers);
+    assert_audits_clean(centers);
 
     // A limit set in b holds in both.
     let limits = b.admin(Method::GET, "/admin/v1/topology", &[], None).await.body["limits"].clone();
