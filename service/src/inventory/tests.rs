@@ -150,6 +150,16 @@ async fn a_replica_that_is_not_known_confirms_nothing() {
     let barrier = pair.barrier(&Authority::fixed_grant(Grant::clone(&grant)));
     barrier.confirm(&grant, &run_id).await.unwrap();
     let stranger = RedisServer::start_replica_of(&pair.master).await;
+    // The replica knows that it is attached a moment before the master counts it.
+    let mut conn = pair.master.connect().await;
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while !matches!(
+        seckill_ledger::roles::standing(&mut conn).await.unwrap().role,
+        seckill_ledger::roles::Role::Master { replicas: 2, .. }
+    ) {
+        assert!(Instant::now() < deadline, "the master does not count the stranger");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
     assert_eq!(barrier.confirm(&grant, &run_id).await, Err(Unconfirmed));
     drop(stranger);
 }
