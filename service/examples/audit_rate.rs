@@ -1,7 +1,7 @@
 //! How long an audit takes: `cargo run --release --example audit_rate [ORDERS [DATABASE_URL]]`.
 //!
 //! A redis-server of its own holds the claims, an order database (a temporary SQLite file, or the one named) the
-//! orders: every order has a buyer of its own, a tenth are cancelled and given back. Everything is stored, so the
+//! orders: every order has a buyer of its own, one in a thousand is cancelled and given back. Everything is stored, so the
 //! audit compares all of it.
 
 use std::time::Instant;
@@ -42,7 +42,7 @@ async fn main() -> Result<()> {
         let reply = seckill_ledger::reserve(&mut conn, &fence, 0, &sale, &entries).await?;
         for (entry, outcome) in entries.into_iter().zip(reply.outcomes) {
             let ReserveOutcome::Accepted(order_id) = outcome else { anyhow::bail!("{outcome:?}") };
-            if made.is_multiple_of(10) {
+            if made.is_multiple_of(1000) {
                 given_back.push((entry.uid, order_id));
             }
             made += 1;

@@ -464,7 +464,10 @@ struct Forger {
 
 impl Forger {
     async fn with_session(at: SocketAddr) -> Forger {
-        let http: Http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build_http();
+        // A connection of its own for each request: one that the server closes meanwhile would fail the next.
+        let http: Http = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
+            .pool_max_idle_per_host(0)
+            .build_http();
         let opening = Opening::new(&key("b"), &center("a"), None);
         let body = serde_json::to_vec(opening.hello()).unwrap();
         let asked = Instant::now();

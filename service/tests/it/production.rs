@@ -352,11 +352,13 @@ async fn two_relays_and_two_consumers_of_one_center_store_every_order_once() {
     second.kill();
     second.start(&[]).await;
     crowd.wait_for(500).await;
+    // Its count began anew with it.
+    let relays = async || (published(&clients[1]).await > 0.0).then_some(());
+    eventually("the second relays beside the first", relays).await;
     let orders = crowd.finish().await;
     assert_stored_once(&center, &first, &orders).await;
     second.assert_books_balance();
-    let (by_first, by_second) = (published(&clients[0]).await, published(&clients[1]).await);
-    assert!(by_first > 0.0 && by_second > 0.0, "both relay: {by_first} and {by_second} orders");
+    assert!(published(&clients[0]).await > 0.0, "the first relays");
     drop((first, second));
     center.close().await;
 }

@@ -4,7 +4,7 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -246,12 +246,16 @@ fn signal(pid: u32, signal: rustix::process::Signal) {
     }
 }
 
-/// A base port with the ports of two centers, all free now; no other test of this process gets it.
+/// A base port with the ports of two centers, all free now; no other test of this process gets it. Below what
+/// seckill-parts takes, which is below what the kernel takes for outgoing connections.
 pub(crate) fn free_base_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let start = 21_000 + (std::process::id() % 750) as u16 * 20;
-    for _ in 0..1000 {
-        let base = start + NEXT.fetch_add(20, Ordering::Relaxed) % 8000;
+    const FIRST: u32 = 10_000;
+    const PLACES: u32 = 500;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    for _ in 0..PLACES {
+        let place =
+            std::process::id().wrapping_mul(37).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)) % PLACES;
+        let base = (FIRST + place * 20) as u16;
         if (base..base + 20).all(|port| TcpListener::bind(("127.0.0.1", port)).is_ok()) {
             return base;
         }

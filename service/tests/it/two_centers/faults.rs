@@ -123,7 +123,14 @@ async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_ba
         assert_eq!((answer.status, &answer.body["status"]), (200, &json!("created")), "{answer:?}");
         assert_eq!(client.get("/v1/sales/phone").await.status, 200);
         assert_eq!(client.user(Method::GET, "/v1/route", uid, None).await.status, 200);
-        let answer = client.buy("phone", "nobody", "k", 1).await.unwrap();
+        let mut answer = client.buy("phone", "nobody", "k", 1).await.unwrap();
+        // On a busy machine an attempt's way to the other center may take all of its time: nobody knows then.
+        for _ in 0..5 {
+            if answer.code() != "master_unreachable" {
+                break;
+            }
+            answer = client.buy("phone", "nobody", "k", 1).await.unwrap();
+        }
         assert_eq!((answer.status, answer.code()), (503, "no_authority"), "{answer:?}");
     }
     for which in BOTH {
