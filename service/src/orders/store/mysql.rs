@@ -1,6 +1,6 @@
 //! MySQL and MariaDB: connections, and the tables.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use seckill_domain::{CenterId, Shard, Table};
 use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOptions};
@@ -22,8 +22,10 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_LIFETIME: Duration = Duration::from_secs(30 * 60);
 /// Statements that a connection keeps prepared: those that belong to no table, and there are fewer.
 const PREPARED: usize = 64;
-/// How long another instance may take to make the tables.
-const MIGRATION_WAIT_S: u32 = 120;
+/// How long another instance may take to make the tables: on a slow disk each of them waits for several syncs.
+const MIGRATION_WAIT: Duration = Duration::from_secs(600);
+/// One question for the migration lock. Shorter than the server's limit for a statement, which would end it.
+const LOCK_WAIT_S: u32 = 10;
 /// Tables made by one call.
 const TABLES_A_CALL: usize = 32;
 /// What every connection is set to. Without backslashes and with strict values a text is what it says; the lock wait
@@ -108,14 +110,24 @@ pub(super) async fn migrate(session: &mut Session, center: &CenterId, shards: &[
     if found < SCHEMA {
         // The server lets go of the lock when this connection ends, however it ends.
         const LOCK: &str = "CONCAT('seckill.', MD5(DATABASE()))";
-        let locked = session
-            .row(format!("SELECT GET_LOCK({LOCK}, {MIGRATION_WAIT_S})"), values![])
-            .await?
-            .and_then(|row| row.opt_int(0).ok().flatten());
-        if locked != Some(1) {
-            return Err(Error::Migrate("another instance has been at it for too long".to_owned()));
+        let until = Instant::now() + MIGRATION_WAIT;
+        loop {
+            let locked = session
+                .row(format!("SELECT GET_LOCK({LOCK}, {LOCK_WAIT_S})"), values![])
+                .await?
+                .and_then(|row| row.opt_int(0).ok().flatten());
+            if locked == Some(1) {
+                break;
+            }
+            if Instant::now() >= until {
+                return Err(Error::Migrate("another instance has been at it for too long".to_owned()));
+            }
+            tracing::info!("another instance makes the tables of the order database; waiting for it");
         }
         if version(session).await?.0 < 1 {
+            tracing::info!(
+                "making the tables of the order database; on a slow disk it takes a minute or two"
+            );
             version_1(session, center, shards).await?;
         }
         session
