@@ -33,8 +33,8 @@ impl Config {
             .map(|(id, _)| Warning {
                 key: format!("topology: centers.{id}.internal_url"),
                 text:
-                    "plain text between centers: calls are signed, but whoever is on the way can read them; \
-                       use https://"
+                    "plain text between centers: calls are signed, but whoever is on the way can read them; lay \
+                       an encrypted network or tunnel under it"
                         .to_owned(),
             })
             .collect())
