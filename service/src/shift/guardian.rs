@@ -308,12 +308,12 @@ impl Guardian {
                 format!("center {} is the master", topology.master),
             ));
             // S3: whoever runs a shift gives the servers their roles.
-            if topology.shift.is_none() {
+            if topology.master_shift().is_none() {
                 self.look_after_replica(&topology).await;
             }
             return Ok(());
         }
-        if topology.shift.is_some() {
+        if topology.master_shift().is_some() {
             self.withdraw(NoAuthority::new(Cause::Shifting, "a shift is recorded in the topology"));
             return Ok(());
         }

@@ -226,7 +226,7 @@ impl Ledger {
     /// Lifts the topology's epoch to that of a fence that is ahead of it (H1).
     pub(crate) async fn lift_topology(&self, to: Epoch) -> Result<(), LedgerError> {
         self.change_topology(move |topology| {
-            if topology.shift.is_some() {
+            if topology.master_shift().is_some() {
                 return Err("a shift is recorded in the topology");
             }
             topology.epoch = topology.epoch.max(to);
@@ -245,7 +245,7 @@ impl Ledger {
             if topology.master != center {
                 return Err("another center is the master");
             }
-            if topology.shift.is_some() {
+            if topology.master_shift().is_some() {
                 return Err("a shift is recorded in the topology");
             }
             change(topology)
@@ -265,7 +265,7 @@ impl Ledger {
             if topology.master != center {
                 return Err("another center is the master");
             }
-            if topology.shift.is_some() {
+            if topology.master_shift().is_some() {
                 return Err("a shift is recorded in the topology");
             }
             topology.epoch = topology.epoch.max(Epoch(floor)).next();

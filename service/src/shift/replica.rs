@@ -148,7 +148,7 @@ impl Guardian {
             );
         }
         // A shift that was recorded meanwhile decides by itself what becomes of this server (S3).
-        if self.topology.current().shift.is_some() {
+        if self.topology.current().master_shift().is_some() {
             return Err(LedgerError::NotOurs("a shift is recorded in the topology"));
         }
         let conn = self.ledger.conn().await?;

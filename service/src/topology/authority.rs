@@ -415,7 +415,7 @@ impl Authority {
         if self.shared.center.as_ref() != Some(&topology.master) {
             return refused(Cause::NotMaster, format!("center {} is the master", topology.master));
         }
-        if topology.shift.is_some() {
+        if topology.master_shift().is_some() {
             return refused(Cause::Shifting, "a shift is recorded in the topology".to_owned());
         }
         let fence = topology.fence();

@@ -7,6 +7,8 @@ use seckill_domain::{CenterId, CenterNumber, Epoch, SHARDS, Shard};
 use seckill_ledger::{Fence, LedgerId};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::shift::Shift;
+
 /// Version of the document's format.
 pub const SCHEMA: u32 = 1;
 
@@ -32,9 +34,12 @@ pub struct Topology {
     /// What an acknowledged purchase survives, while the state is not `degraded`.
     #[serde(default)]
     pub durability: Durability,
-    /// The shift that is under way. This release runs none and keeps out of the way of one.
+    /// The shift that is under way.
     #[serde(default)]
-    pub shift: Option<serde_json::Value>,
+    pub shift: Option<Box<Shift>>,
+    /// The latest shifts that are over, the newest last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Shift>,
     /// All centers.
     pub centers: BTreeMap<CenterId, Center>,
     /// The home center of each of the 64 shards, by shard number.
@@ -72,6 +77,7 @@ impl Topology {
             state: TopologyState::Steady,
             durability: Durability::Local,
             shift: None,
+            history: Vec::new(),
             shard_owners: vec![id.clone(); usize::from(SHARDS)],
             centers: BTreeMap::from([(id, center)]),
             blocked_shards: Vec::new(),

@@ -15,6 +15,7 @@ mod file_store;
 mod folder_watch;
 mod handle;
 mod instances;
+mod shift;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -29,4 +30,8 @@ pub use etcd_store::{EtcdOptions, EtcdStore};
 pub use file_store::FileStore;
 pub use handle::{TopologyHandle, UpdateError};
 pub use instances::{Instance, InstanceId, InstanceStore, Instances};
+pub use shift::{
+    Check, CheckVerdict, Coordinator, Exposure, HISTORY, Shift, ShiftKind, ShiftMode, ShiftPhase, ShiftState,
+    Step, StepState,
+};
 pub use store::{Changes, Revision, StoreError, TopologyStore, Versioned};

@@ -285,7 +285,7 @@ async fn a_replica_that_stands_still_is_taken_off_and_comes_back_at_a_later_epoc
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_a_shift_is_recorded_nobody_is_taken_off_and_no_role_changes() {
     let mut pair = Pair::in_sync().await;
-    pair.change(|topology| topology.shift = Some(serde_json::json!({ "to": "b" })));
+    pair.change(|topology| topology.shift = Some(Box::new(crate::topology::Shift::of_a_test())));
     eventually("a sees the shift", async || pair.service("a").authority.grant().is_err().then_some(())).await;
     let topology = pair.topology();
     pair.server("b").restart().await;

@@ -148,13 +148,28 @@ async fn authority_is_granted_at_the_topologys_fence_only() {
 }
 
 #[tokio::test]
+async fn a_shift_of_shards_leaves_authority_alone() {
+    let service = Service::start(Duration::from_secs(5)).await;
+    service.admit();
+    service
+        .handle
+        .update(|topology| {
+            topology.shift = Some(Box::new(Shift { kind: ShiftKind::Shards, ..Shift::of_a_test() }));
+            Ok::<_, ()>(())
+        })
+        .await
+        .unwrap();
+    service.authority.grant().unwrap();
+}
+
+#[tokio::test]
 async fn another_master_or_a_recorded_shift_ends_authority() {
     let service = Service::start(Duration::from_secs(5)).await;
     service.admit();
     service
         .handle
         .update(|topology| {
-            topology.shift = Some(serde_json::json!({"to": "b"}));
+            topology.shift = Some(Box::new(Shift::of_a_test()));
             Ok::<_, ()>(())
         })
         .await
