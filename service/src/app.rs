@@ -176,7 +176,8 @@ async fn serve(
     let centers =
         OrderCenters::new(config.center.id.clone(), orders.clone(), topology.clone(), cross.clone());
     let worker_options = WorkerOptions { cross, centers: Some(centers.clone()), ..worker_options(config) };
-    let workers = Workers::spawn(&orders, &[client], &authority, &queue, &worker_options, tracker, stop);
+    let workers =
+        Workers::spawn(&orders, &[client], &authority, &queue, &worker_options, tracker, (stop, fatal));
     let limiter = Limiter::new(&topology.current().limits);
     tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
 

@@ -104,7 +104,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let client = redis::Client::open(args.redis.as_str())?;
     let authority = Authority::fixed(fence.clone());
     let options = WorkerOptions::default();
-    let workers = Workers::spawn(&store, &[client], &authority, &queue, &options, &tracker, &stop);
+    let workers = Workers::spawn(&store, &[client], &authority, &queue, &options, &tracker, (&stop, &stop));
 
     let label = seckill::orders::CenterLabel { center: center.to_string() };
     let relayed = metrics.published.get_or_create_owned(&label);

@@ -91,7 +91,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
             &Queue::Outbox,
             &WorkerOptions::default(),
             &tracker,
-            &stop,
+            (&stop, &stop),
         );
     }
     while !inventory.sales().is_loaded() {

@@ -108,7 +108,8 @@ pub struct Workers {
 
 impl Workers {
     /// Starts the queue's workers and a trimmer for each partition of the ledger, and the expiry and release
-    /// workers. They end when the token is cancelled, each after the step that it is in.
+    /// workers. They end when the token is cancelled, each after the step that it is in. Should the barrier panic,
+    /// nothing that they write would count any more, and `fatal` is cancelled.
     pub fn spawn(
         store: &OrderStore,
         ledger: &[Client],
@@ -116,7 +117,7 @@ impl Workers {
         queue: &Queue,
         options: &WorkerOptions,
         tracker: &TaskTracker,
-        token: &CancellationToken,
+        (token, fatal): (&CancellationToken, &CancellationToken),
     ) -> Workers {
         let links: Vec<Link> = (0u8..)
             .zip(ledger)
@@ -124,8 +125,7 @@ impl Workers {
                 partition,
                 client: client.clone(),
                 authority: authority.clone(),
-                // A barrier that panicked confirms nothing more: the workers end and what they do waits.
-                barrier: Barrier::open(client.clone(), authority, tracker, token),
+                barrier: Barrier::open(client.clone(), authority, tracker, fatal),
                 cross: options.cross.clone(),
             })
             .collect();

@@ -107,7 +107,15 @@ impl Side {
             outbox_retention_s: 0,
             ..WorkerOptions::default()
         };
-        Workers::spawn(&orders, &[redis.client()], &authority, &Queue::Outbox, &options, &tasks, stop);
+        Workers::spawn(
+            &orders,
+            &[redis.client()],
+            &authority,
+            &Queue::Outbox,
+            &options,
+            &tasks,
+            (stop, stop),
+        );
         let ring = || Ring::new(vec![Key::hs256(None, USERS).unwrap()], None, "sub");
         let public = public_router(PublicState {
             inventory: inventory.clone(),

@@ -133,7 +133,7 @@ impl Shop {
             &crate::orders::Queue::Outbox,
             &WorkerOptions::default(),
             &tracker,
-            &stop,
+            (&stop, &stop),
         );
         let metrics = Arc::new(Metrics::new());
         let ring = |secret| Ring::new(vec![Key::hs256(None, secret).unwrap()], None, "sub");

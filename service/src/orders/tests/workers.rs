@@ -125,7 +125,7 @@ pub(super) fn start_with(
     queue: &Queue,
 ) -> Running {
     let (tracker, token) = (TaskTracker::new(), CancellationToken::new());
-    let workers = Workers::spawn(store, &[client], authority, queue, &options(), &tracker, &token);
+    let workers = Workers::spawn(store, &[client], authority, queue, &options(), &tracker, (&token, &token));
     Running { workers, tracker, token }
 }
 

@@ -94,7 +94,7 @@ impl World {
             &crate::orders::Queue::Outbox,
             &WorkerOptions::default(),
             &tracker,
-            &token,
+            (&token, &token),
         );
         let options = GuardianOptions {
             center: center(),
