@@ -114,6 +114,7 @@ async fn serve(
 
     let lease_ttl = Duration::from_millis(config.topology.lease_ttl_ms);
     let authority = Authority::new(config.center.id.clone(), lease_ttl, 1);
+    metrics.register(|registry| authority.register(registry));
     let stores = config.topology.stores().context("the topology's store cannot be used")?;
     let topology = TopologyHandle::open_or_create(stores.topology, authority.clone(), first_topology(config))
         .await

@@ -1,6 +1,7 @@
 //! What the lanes and snapshots count.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
@@ -53,8 +54,8 @@ pub struct InventoryMetrics {
     pub barrier: Arc<BarrierMetrics>,
     /// Snapshots that failed.
     pub snapshot_failures: Counter,
-    /// Age of the master's last heartbeat at the last snapshot, milliseconds.
-    pub snapshot_age_ms: Gauge,
+    /// Age of the master's last heartbeat at the last snapshot, seconds.
+    pub snapshot_age: Gauge<f64, AtomicU64>,
 }
 
 impl InventoryMetrics {
@@ -99,9 +100,9 @@ impl InventoryMetrics {
             self.snapshot_failures.clone(),
         );
         registry.register(
-            "snapshot_age_milliseconds",
+            "snapshot_age_seconds",
             "Age of the master's last heartbeat at the last snapshot",
-            self.snapshot_age_ms.clone(),
+            self.snapshot_age.clone(),
         );
     }
 }

@@ -342,7 +342,7 @@ impl Refresher {
     fn show(&self, last: &Snapshot) {
         let (clock, taken_at) = (last.clock, last.taken_at);
         let age_ms = taken_at.since_ms(clock);
-        self.metrics.snapshot_age_ms.set(i64::try_from(age_ms).unwrap_or(i64::MAX));
+        self.metrics.snapshot_age.set(age_ms as f64 / 1000.0);
         let now = taken_at.max(clock);
         let mut sales = HashMap::with_capacity(self.known.len());
         let mut order = Vec::with_capacity(self.known.len());

@@ -1,5 +1,7 @@
 //! What the service tells its operators: structured logs and metrics.
 
+#[cfg(test)]
+mod deployed;
 mod metrics;
 
 pub use metrics::{InFlight, Metrics, PurchaseOutcome, Registration, RequestTimer, StatusClass};

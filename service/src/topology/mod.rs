@@ -15,6 +15,7 @@ mod file_store;
 mod folder_watch;
 mod handle;
 mod instances;
+mod metrics;
 mod shift;
 mod store;
 #[cfg(test)]
