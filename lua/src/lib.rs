@@ -11,6 +11,7 @@ pub mod admin;
 mod cursor;
 mod error;
 mod fence;
+pub mod handover;
 pub mod keys;
 pub mod outbox;
 pub mod read;
@@ -33,7 +34,7 @@ pub use sales::{
     ArchiveOutcome, CreateOutcome, MAX_TOTAL, StateChange, StateOutcome, StockOutcome, UpdateOutcome,
     add_stock, archive, create_sale, set_state, update_sale,
 };
-pub use scripts::load_all;
+pub use scripts::{load_all, missing};
 
 /// Environment that makes redis-server's allocator (jemalloc, of the system or its own) ask for huge pages; the
 /// server's setting `disable-thp no` goes with it. A purchase in a sale with a million claims then costs 13 %

@@ -137,6 +137,8 @@ pub struct Standing {
     /// Its append-only file has everything that it holds: it is on, and not being written anew, as it is after
     /// everything was copied from another server.
     pub log_ready: bool,
+    /// It holds one whole state of the ledger: it is neither loading its data nor copying all of another server's.
+    pub settled: bool,
 }
 
 /// Asks a server for its role, fence and run in one step.
@@ -162,6 +164,9 @@ pub async fn standing(conn: &mut impl ConnectionLike) -> Result<Standing, Error>
         log_ready: ["aof_enabled:1", "aof_rewrite_in_progress:0", "aof_rewrite_scheduled:0"]
             .iter()
             .all(|wanted| info.lines().any(|line| line.trim() == *wanted)),
+        settled: ["loading:1", "async_loading:1", "master_sync_in_progress:1"]
+            .iter()
+            .all(|unwanted| info.lines().all(|line| line.trim() != *unwanted)),
     })
 }
 

@@ -29,6 +29,11 @@ impl Script {
         Call { script: self, cmd }
     }
 
+    /// The text, for `EVAL` in a pipeline whose server may not have the script.
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
     /// The text as a script that promises to write nothing, and so runs on a replica too.
     pub(crate) fn text_without_writes(&self) -> String {
         format!("#!lua flags=no-writes,allow-stale\n{}", self.text_without_shebang())
@@ -93,6 +98,15 @@ macro_rules! scripts {
         pub async fn load_all(conn: &mut impl ConnectionLike) -> Result<(), Error> {
             $(load(conn, &$name).await?;)*
             Ok(())
+        }
+
+        /// How many of the scripts the server does not have.
+        pub async fn missing(conn: &mut impl ConnectionLike) -> Result<usize, Error> {
+            let mut exists = redis::cmd("SCRIPT");
+            exists.arg("EXISTS");
+            $(exists.arg(&$name.sha);)*
+            let there: Vec<bool> = exists.query_async(conn).await?;
+            Ok(there.into_iter().filter(|there| !there).count())
         }
 
         #[cfg(test)]

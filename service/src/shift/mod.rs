@@ -5,21 +5,30 @@
 //! epoch of its own. A server whose past is in doubt stays out until somebody decides with `seckill ledger
 //! adopt`: see [`Recovery`].
 
+mod coordinator;
+mod forced;
 mod guardian;
 mod ledger;
+mod operation;
 mod peers;
+mod planned;
+mod precheck;
 mod reclaim;
+mod record;
 mod replica;
 mod restore;
 mod status;
 mod sync;
 mod tail;
+mod takeover;
 #[cfg(test)]
 mod tests;
 mod verdict;
+mod verify;
 
 pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, ServerProcess};
 pub use ledger::{InitError, Ledger, LedgerError};
+pub use operation::{ShiftError, ShiftOptions, ShiftRequest, Shifts};
 pub use reclaim::{AdoptReport, PaidWithoutClaim, Recovery};
 pub use status::{GuardianMetrics, Replication, ServerState};
 pub use verdict::InitPolicy;

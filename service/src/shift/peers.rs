@@ -77,6 +77,11 @@ impl Access {
         (settings.username(), settings.password())
     }
 
+    /// A new connection to this center's own server.
+    pub(crate) async fn connect_own(&self) -> Result<MultiplexedConnection, LedgerError> {
+        open(self.own.clone()).await
+    }
+
     /// A new connection to `HOST:PORT`.
     pub(crate) async fn connect(&self, address: &str) -> Result<MultiplexedConnection, LedgerError> {
         let (host, port) = split(address)?;
@@ -86,15 +91,19 @@ impl Access {
             }
             _ => ConnectionAddr::Tcp(host.to_owned(), port),
         };
-        let client = Client::open(self.own.clone().set_addr(addr)).map_err(LedgerError::Address)?;
-        let config = AsyncConnectionConfig::new()
-            .set_connection_timeout(Some(CONNECT_TIMEOUT))
-            .set_response_timeout(Some(RESPONSE_TIMEOUT));
-        Ok(client
-            .get_multiplexed_async_connection_with_config(&config)
-            .await
-            .map_err(seckill_ledger::Error::from)?)
+        open(self.own.clone().set_addr(addr)).await
     }
+}
+
+async fn open(info: ConnectionInfo) -> Result<MultiplexedConnection, LedgerError> {
+    let client = Client::open(info).map_err(LedgerError::Address)?;
+    let config = AsyncConnectionConfig::new()
+        .set_connection_timeout(Some(CONNECT_TIMEOUT))
+        .set_response_timeout(Some(RESPONSE_TIMEOUT));
+    Ok(client
+        .get_multiplexed_async_connection_with_config(&config)
+        .await
+        .map_err(seckill_ledger::Error::from)?)
 }
 
 /// `HOST:PORT` in its parts.

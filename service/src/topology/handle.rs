@@ -200,7 +200,33 @@ impl TopologyHandle {
 
     /// Changes the document. `change` sees the latest one and may be called again when somebody else was
     /// faster; what it returns at last is returned.
-    pub async fn update<T, E, F>(&self, mut change: F) -> Result<T, UpdateError<E>>
+    pub async fn update<T, E, F>(&self, change: F) -> Result<T, UpdateError<E>>
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+        F: FnMut(&mut Topology) -> Result<T, E> + Send + 'static,
+    {
+        self.update_from(None, change).await
+    }
+
+    /// As [`TopologyHandle::update`], but the first attempt changes the document as it is known here, without
+    /// reading it before: one round trip to the store instead of two while nobody else changes it. What the first
+    /// attempt would refuse, or leave as it is, is decided on a read.
+    pub async fn update_known<T, E, F>(&self, change: F) -> Result<T, UpdateError<E>>
+    where
+        T: Send + 'static,
+        E: Send + 'static,
+        F: FnMut(&mut Topology) -> Result<T, E> + Send + 'static,
+    {
+        let known = self.shared.known();
+        self.update_from(Some(known), change).await
+    }
+
+    async fn update_from<T, E, F>(
+        &self,
+        mut known: Option<Versioned>,
+        mut change: F,
+    ) -> Result<T, UpdateError<E>>
     where
         T: Send + 'static,
         E: Send + 'static,
@@ -211,10 +237,19 @@ impl TopologyHandle {
         let mut attempt = 1;
         loop {
             let since_ns = boottime_ns();
-            let found = shared.store.load().await?;
+            let (found, read) = match known.take() {
+                Some(known) => (known, false),
+                None => (shared.store.load().await?, true),
+            };
             let mut next = Topology::clone(&found.topology);
-            let answer = change(&mut next).map_err(UpdateError::Refused)?;
+            let answer = match change(&mut next) {
+                Err(_) if !read => continue,
+                answer => answer.map_err(UpdateError::Refused)?,
+            };
             if next == *found.topology {
+                if !read {
+                    continue;
+                }
                 return Ok(answer);
             }
             match shared.store.compare_and_set(Some(found.revision), &next).await {
@@ -266,6 +301,12 @@ impl Shared {
         if found.revision > latest.revision {
             self.publish(&mut latest, found);
         }
+    }
+
+    /// The document and its revision as they are known here.
+    fn known(&self) -> Versioned {
+        let latest = self.latest();
+        Versioned { revision: latest.revision, topology: self.current.borrow().clone() }
     }
 
     fn publish(&self, latest: &mut Latest, found: &Versioned) {

@@ -21,6 +21,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use authority::boottime_ns;
 pub use authority::{Acknowledge, Authority, AuthorityStatus, Cause, Grant, NoAuthority};
 pub use centers::split_shards;
 pub use document::{

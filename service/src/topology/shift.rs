@@ -57,6 +57,15 @@ pub struct Shift {
     /// What a forced shift may lose, decided in the compare-and-set that recorded it (D1).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exposure: Option<Exposure>,
+    /// The run of the target's server that was looked at when the shift was recorded, and that is promoted (S4).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub target_run: Option<String>,
+    /// The run of the old master's server, if it was there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source_run: Option<String>,
+    /// Whether only the checks were made: such a shift is recorded nowhere.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dry_run: bool,
     /// How long purchases were held, milliseconds: from the freeze to the end of the redirect.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_ms: Option<u64>,

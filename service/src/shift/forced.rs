@@ -1,0 +1,89 @@
+//! The forced shift: the old master is gone, or cut off.
+//!
+//! Its services stop by themselves when the lease runs out, and a read that shows the recorded shift confirms nothing
+//! to them (A3); so the shift is recorded first and the lease waited out after that. What may be lost is decided in
+//! the compare-and-set of the record (D1).
+
+use std::time::Duration;
+
+use seckill_ledger::roles;
+
+use super::coordinator::{Coordinator, Stop};
+use super::precheck::connect;
+use super::record;
+use crate::topology::{ShiftPhase, boottime_ns};
+
+/// The lease is waited out for this share longer: two clocks do not run at exactly the same rate (A1).
+const CLOCK_RATE_MARGIN: u32 = 100;
+/// How often the clock is looked at: sleeping alone would not count the time for which the machine is suspended.
+const WAIT_STEP: Duration = Duration::from_millis(100);
+
+impl Coordinator {
+    pub(super) async fn forced(&mut self) -> Result<(), Stop> {
+        // After the record was answered, and so after every read that did not show it was sent.
+        let recorded_ns = boottime_ns();
+        let step = self.begin_step("record");
+        self.end_step(step, self.shift.exposure.as_ref().map(|exposure| exposure.reason.clone()));
+        self.may_die("recorded")?;
+        let step = self.begin_step("wait_lease");
+        let lease = self.shared.options.lease_ttl;
+        let wait = lease + lease / CLOCK_RATE_MARGIN;
+        let until = recorded_ns.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX));
+        loop {
+            let left = Duration::from_nanos(until.saturating_sub(boottime_ns()));
+            if left.is_zero() {
+                break;
+            }
+            let slept = self.shared.token.run_until_cancelled(tokio::time::sleep(left.min(WAIT_STEP))).await;
+            if slept.is_none() {
+                return Err(Stop::Abort("the service that ran it was shut down".to_owned()));
+            }
+        }
+        self.end_step(step, format!("{} ms", wait.as_millis()));
+        self.may_die("lease_waited")?;
+        let step = self.begin_step("decided");
+        self.look_again().await?;
+        self.change(None, record::decide).await?;
+        self.shift.phase = ShiftPhase::Decided;
+        self.end_step(step, None);
+        self.may_die("decided")?;
+        self.forward().await
+    }
+
+    /// The promise that nothing is lost was made for a run of the target's server and what it held (S4).
+    async fn look_again(&mut self) -> Result<(), Stop> {
+        let topology = self.shared.topology.current();
+        let gone = |reason: String| Stop::Abort(format!("the target's Redis: {reason}"));
+        let mut target = match self.target.take() {
+            Some(target) => target,
+            None => connect(&self.shared, &topology, &self.shift.to)
+                .await
+                .map_err(|error| gone(error.to_string()))?,
+        };
+        // The connection may be as old as the lease.
+        let standing = match roles::standing(&mut target).await {
+            Ok(standing) => standing,
+            Err(_) => {
+                target = connect(&self.shared, &topology, &self.shift.to)
+                    .await
+                    .map_err(|error| gone(error.to_string()))?;
+                roles::standing(&mut target).await.map_err(|error| gone(error.to_string()))?
+            }
+        };
+        if !standing.settled {
+            return Err(gone("it is loading, or copying everything".to_owned()));
+        }
+        let lossless = self.shift.exposure.as_ref().is_some_and(|exposure| exposure.lossless);
+        let same = Some(&standing.run_id) == self.shift.target_run.as_ref()
+            && standing.fence.as_deref() == Some(self.fence_before().to_string().as_str());
+        if lossless && !same && !self.shift.accept_loss {
+            return Err(gone(
+                "it was restarted while the lease was waited out, so nobody knows whether something is missing; \
+                 ask again"
+                    .to_owned(),
+            ));
+        }
+        self.target = Some(target);
+        Ok(())
+    }
+}

@@ -1,0 +1,267 @@
+//! The planned shift, and the way forward that every shift takes once it is decided (H2, H3).
+//!
+//! The old master is fenced at the attempt's epoch and its writes are held up in one round trip, in which it also says
+//! where its stream of changes ends. When the target shows that end and the fence, it has everything; that is decided
+//! in the topology, the target becomes a master, and the topology is redirected to it while the old master already
+//! attaches itself: after `decided` nobody can write to it, and it has nothing that the target lacks.
+//!
+//! "Write the configuration" (H2, S3) means nothing to be done here: which role a server has is written in the
+//! topology, and each server starts isolated, whatever it was (S1). `CONFIG REWRITE` would undo that: a server that
+//! restarts would be a master, or follow one, before anybody has compared it with the topology.
+
+use std::time::{Duration, Instant};
+
+use redis::aio::MultiplexedConnection;
+use seckill_ledger::admin::{FenceChange, FenceOutcome};
+use seckill_ledger::roles::{self, Role};
+use seckill_ledger::{Fence, handover};
+
+use super::coordinator::{Coordinator, PAUSE_MS, PHASE_MAX, Stop};
+use super::peers::split;
+use super::precheck::connect;
+use super::record;
+use crate::topology::{ShiftMode, ShiftPhase, StepState};
+
+/// How often the target is asked whether it has everything. It usually has, when the old master's answer arrives.
+const CATCH_UP_POLL: Duration = Duration::from_millis(1);
+/// How often a target that could not be promoted is tried again.
+const PROMOTE_POLL: Duration = Duration::from_millis(50);
+/// How long the new master's guardian may take to take its server into use.
+const THAW_MAX: Duration = Duration::from_secs(3);
+/// How long the old master may take to answer that it follows the new one. Its guardian attaches it otherwise.
+const ATTACH_MAX: Duration = Duration::from_secs(2);
+
+impl Coordinator {
+    pub(super) async fn planned(&mut self) -> Result<(), Stop> {
+        let until = self.phase_since + PHASE_MAX;
+        self.may_die("recorded")?;
+        let step = self.begin_step("fence");
+        let offset = self.fence_source(until).await?;
+        self.end_step(step, format!("{} ends at {offset} bytes", self.shift.from));
+        self.may_die("fenced")?;
+        let step = self.begin_step("catch_up");
+        self.catch_up(offset, until).await?;
+        self.end_step(step, None);
+        self.may_die("caught_up")?;
+        let step = self.begin_step("decided");
+        self.change(Some(until), record::decide).await?;
+        self.shift.phase = ShiftPhase::Decided;
+        self.phase_since = Instant::now();
+        self.end_step(step, None);
+        self.may_die("decided")?;
+        self.forward().await
+    }
+
+    /// Fences the old master and holds up its writes. Returns where its stream of changes ends.
+    async fn fence_source(&mut self, until: Instant) -> Result<u64, Stop> {
+        let (from, to) = (self.fence_before(), self.fence());
+        let Some(mut source) = self.source.take() else {
+            return Err(Stop::Abort("there is no connection to the old master's Redis".to_owned()));
+        };
+        let fenced = handover::fence_and_pause(&mut source, &from, &to, PAUSE_MS);
+        let fenced = match tokio::time::timeout_at(until.into(), fenced).await {
+            Ok(Ok(fenced)) => fenced,
+            Ok(Err(error)) => {
+                return Err(Stop::Abort(format!("the old master could not be fenced: {error}")));
+            }
+            Err(_) => return Err(Stop::Abort("the old master did not answer in time".to_owned())),
+        };
+        match fenced.outcome {
+            FenceOutcome::Set | FenceOutcome::Same => {}
+            outcome @ (FenceOutcome::Exists { .. }
+            | FenceOutcome::NotEmpty
+            | FenceOutcome::Mismatch { .. }
+            | FenceOutcome::EpochTooLow { .. }) => {
+                return Err(Stop::Abort(format!("the old master could not be fenced at {to}: {outcome:?}")));
+            }
+        }
+        self.source = Some(source);
+        Ok(fenced.offset)
+    }
+
+    /// Waits until the target itself shows the fence, and everything before it.
+    async fn catch_up(&mut self, offset: u64, until: Instant) -> Result<(), Stop> {
+        let wanted = self.fence().to_string();
+        let Some(target) = self.target.as_mut() else {
+            return Err(Stop::Abort("there is no connection to the target's Redis".to_owned()));
+        };
+        let mut seen = "nothing".to_owned();
+        let caught_up = async {
+            loop {
+                let standing = roles::standing(target)
+                    .await
+                    .map_err(|error| Stop::Abort(format!("the target's Redis: {error}")))?;
+                let Role::Replica { offset: received, .. } = standing.role else {
+                    return Err(Stop::Abort("the target's Redis is no replica any more".to_owned()));
+                };
+                if Some(&standing.run_id) != self.shift.target_run.as_ref() {
+                    return Err(Stop::Abort("the target's Redis was restarted".to_owned()));
+                }
+                if received >= offset && standing.settled && standing.fence.as_ref() == Some(&wanted) {
+                    return Ok(());
+                }
+                seen = format!("{received} of {offset} bytes");
+                tokio::time::sleep(CATCH_UP_POLL).await;
+            }
+        };
+        match tokio::time::timeout_at(until.into(), caught_up).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(Stop::Abort(format!("the target did not catch up in time: it has {seen}"))),
+        }
+    }
+
+    /// What follows once a shift is decided, whoever decided it: the target becomes the master, the topology says so,
+    /// the old master follows it.
+    pub(super) async fn forward(&mut self) -> Result<(), Stop> {
+        let step = self.begin_step("promote");
+        let until = Instant::now() + PHASE_MAX;
+        let promoted = loop {
+            match self.promote().await {
+                Ok(run_id) => {
+                    self.end_step(step, None);
+                    break Ok(run_id);
+                }
+                Err(reason) if Instant::now() >= until => {
+                    // The freeze ends all the same: the center's own guardian promotes its server when it is back.
+                    self.finish_step(step, StepState::Failed, Some(reason.clone()), Vec::new());
+                    break Err(reason);
+                }
+                Err(_) => {
+                    self.target = None;
+                    tokio::time::sleep(PROMOTE_POLL).await;
+                }
+            }
+        };
+        self.may_die("promoted")?;
+        self.redirect(promoted.as_deref().ok()).await?;
+        self.may_die("redirected")?;
+        if promoted.is_ok() {
+            self.thaw().await;
+        }
+        self.may_die("thawed")?;
+        self.verify(promoted.err()).await
+    }
+
+    /// Makes the target's server the master, at the attempt's fence. Returns its run.
+    async fn promote(&mut self) -> Result<String, String> {
+        let to = self.fence();
+        let mut target = match self.target.take() {
+            Some(target) => target,
+            None => {
+                let topology = self.shared.topology.current();
+                connect(&self.shared, &topology, &self.shift.to).await.map_err(|error| error.to_string())?
+            }
+        };
+        let standing = roles::standing(&mut target).await.map_err(|error| error.to_string())?;
+        let text = standing.fence.as_deref().unwrap_or_default();
+        let found = text.parse::<Fence>().map_err(|error| error.to_string())?;
+        if found.ledger_id != to.ledger_id {
+            return Err(format!("it holds another ledger ({})", found.ledger_id));
+        }
+        if self.shift.mode == ShiftMode::Planned && found != to {
+            return Err(format!("it shows the fence {found}, not {to}: it lost the end of its data"));
+        }
+        let change = FenceChange::Lift { from: found.clone() };
+        match roles::promote(&mut target, Some(text), &change, &to).await {
+            Ok(Some(FenceOutcome::Set | FenceOutcome::Same)) => {}
+            Ok(None) => return Err("its fence changed meanwhile".to_owned()),
+            Ok(Some(
+                outcome @ (FenceOutcome::Exists { .. }
+                | FenceOutcome::NotEmpty
+                | FenceOutcome::Mismatch { .. }
+                | FenceOutcome::EpochTooLow { .. }),
+            )) => return Err(format!("its fence could not be set: {outcome:?}")),
+            Err(error) => return Err(error.to_string()),
+        }
+        self.target = Some(target);
+        Ok(standing.run_id)
+    }
+
+    /// The topology says who the master is from here on (H3). The old master attaches itself meanwhile, so that
+    /// purchases do not wait for that, too.
+    async fn redirect(&mut self, promoted: Option<&str>) -> Result<(), Stop> {
+        let step = self.begin_step("redirect");
+        let source = self.source.take().filter(|_| promoted.is_some());
+        let attach = self.attach(source);
+        self.shift.held_ms = Some(self.held_ms());
+        let (partition, run_id) = (self.shared.options.partition, promoted.map(str::to_owned));
+        let change = self.change(None, move |topology, held| {
+            record::redirect(topology, held, partition, run_id.as_deref())
+        });
+        let (redirected, attached) = tokio::join!(change, attach);
+        redirected?;
+        self.end_step(step, None);
+        if self.shift.mode == ShiftMode::Planned {
+            let step = self.begin_step("attach");
+            match attached {
+                Ok(took) => self.end_step(step, format!("answered after {} ms", took.as_millis())),
+                Err(reason) => {
+                    self.end_step(
+                        step,
+                        format!("left to the guardian of center {}: {reason}", self.shift.from),
+                    );
+                }
+            }
+        }
+        tracing::warn!(
+            id = self.shift.id, master = %self.shift.to, epoch = self.shift.epoch.0, held_ms = self.shift.held_ms,
+            "the master center has shifted"
+        );
+        Ok(())
+    }
+
+    /// Makes the old master follow the new one, on the connection that has watched its fence since it was fenced.
+    fn attach(
+        &self,
+        source: Option<MultiplexedConnection>,
+    ) -> impl Future<Output = Result<Duration, String>> + use<> {
+        let topology = self.shared.topology.current();
+        let address = topology
+            .center(&self.shift.to)
+            .and_then(|center| center.ledger.get(usize::from(self.shared.options.partition)).cloned());
+        let access = self.shared.access.clone();
+        async move {
+            let mut source = source.ok_or("this coordinator did not fence it")?;
+            let address = address.ok_or("the topology does not say where the new master's Redis is")?;
+            let (host, port) = split(&address).map_err(|error| error.to_string())?;
+            let begun = Instant::now();
+            let follow = handover::follow(&mut source, host, port, access.account());
+            match tokio::time::timeout(ATTACH_MAX, follow).await {
+                Ok(Ok(true)) => Ok(begun.elapsed()),
+                Ok(Ok(false)) => Err("its fence changed meanwhile".to_owned()),
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err("it did not answer in time".to_owned()),
+            }
+        }
+    }
+
+    /// Waits until this center's services take purchases.
+    async fn thaw(&mut self) {
+        let step = self.begin_step("thaw");
+        if self.shared.options.center != self.shift.to {
+            self.end_step(step, format!("by the services of center {}", self.shift.to));
+            return;
+        }
+        let epoch = self.shift.epoch;
+        let mut status = self.shared.authority.subscribe();
+        let granted = status.wait_for(|status| status.as_ref().is_ok_and(|grant| grant.fence.epoch >= epoch));
+        let outcome = tokio::time::timeout(THAW_MAX, granted).await.map(|granted| granted.map(drop));
+        match outcome {
+            Ok(Ok(())) => {
+                self.shift.held_ms = Some(self.held_ms());
+                self.end_step(step, None);
+            }
+            Ok(Err(_)) | Err(_) => {
+                let reason = match self.shared.authority.status() {
+                    Ok(_) => "it took long".to_owned(),
+                    Err(refusal) => refusal.to_string(),
+                };
+                self.finish_step(step, StepState::Failed, Some(reason), Vec::new());
+            }
+        }
+    }
+
+    fn held_ms(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}

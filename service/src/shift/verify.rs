@@ -1,0 +1,139 @@
+//! What is looked at after a shift happened, outside of the freeze.
+
+use std::time::{Duration, Instant};
+
+use seckill_ledger::roles::{self, Role};
+use seckill_ledger::{missing, read};
+
+use super::coordinator::{Coordinator, Stop, passed};
+use super::ledger::LedgerError;
+use super::precheck::{Checks, connect, verdict};
+use super::record;
+use crate::topology::{CheckVerdict, ShiftMode, ShiftState, StepState};
+
+/// How long the old master may take to be attached.
+const ATTACHED_WITHIN: Duration = Duration::from_secs(5);
+/// How often it is looked at.
+const ATTACHED_POLL: Duration = Duration::from_millis(20);
+/// Sales that are compared at once.
+const PAGE: usize = 256;
+
+impl Coordinator {
+    /// Looks at both servers and the ledger, and writes the outcome into the history. `unpromoted` says why the target
+    /// could not be made the master.
+    pub(super) async fn verify(&mut self, unpromoted: Option<String>) -> Result<(), Stop> {
+        let step = self.begin_step("verify");
+        let checks = self.compare().await;
+        let passed = passed(&checks) && unpromoted.is_none();
+        let state = if passed { StepState::Done } else { StepState::Failed };
+        self.finish_step(step, state, None, checks);
+        let (from, to) = (&self.shift.from, &self.shift.to);
+        let lossy = self.shift.exposure.as_ref().filter(|exposure| !exposure.lossless);
+        self.shift.message = Some(match (unpromoted, passed, lossy) {
+            (Some(reason), ..) => format!(
+                "center {to} is the master, but its Redis could not be promoted: {reason}. Sales go on when it is \
+                 back; or go back with `seckill master shift --to {from} --mode forced`"
+            ),
+            (None, false, _) => format!(
+                "center {to} is the master; something is not as it should be, see the failed checks of `verify`"
+            ),
+            (None, true, Some(exposure)) => format!(
+                "center {to} is the master; accepted loss: {}. Compare the books with `seckill audit`",
+                exposure.reason
+            ),
+            (None, true, None) => format!("center {to} is the master"),
+        });
+        self.shift.state = if passed { ShiftState::Done } else { ShiftState::Failed };
+        self.shift.ended_at = Some(record::now());
+        let concluded = self.change(None, record::conclude).await;
+        self.shared.show(&self.shift);
+        concluded
+    }
+
+    async fn compare(&mut self) -> Vec<crate::topology::Check> {
+        let mut checks = Checks(Vec::new());
+        if let Err(error) = self.compare_target(&mut checks).await {
+            checks.add("target_answers", format!("no: {error}"), "yes", CheckVerdict::Failed);
+        }
+        if self.shift.mode == ShiftMode::Planned {
+            self.compare_source(&mut checks).await;
+        }
+        checks.0
+    }
+
+    async fn compare_target(&mut self, checks: &mut Checks) -> Result<(), LedgerError> {
+        let topology = self.shared.topology.current();
+        let mut target = connect(&self.shared, &topology, &self.shift.to).await?;
+        let standing = roles::standing(&mut target).await?;
+        let role = if matches!(standing.role, Role::Master { .. }) { "master" } else { "replica" };
+        checks.add("target_role", role, "master", verdict(role == "master"));
+        // Since then another epoch may have begun, for a reason of its own.
+        let wanted = topology.fence().to_string();
+        let found = standing.fence.clone().unwrap_or_else(|| "none".to_owned());
+        checks.add("target_fence", found.clone(), wanted.clone(), verdict(found == wanted));
+        let same = Some(&standing.run_id) == self.shift.target_run.as_ref();
+        let run_verdict = if same { CheckVerdict::Ok } else { CheckVerdict::Warning };
+        checks.add("target_run", if same { "as checked" } else { "restarted" }, "as checked", run_verdict);
+        let missing = missing(&mut target).await?;
+        checks.add("target_scripts", format!("{missing} missing"), "0 missing", verdict(missing == 0));
+        let (mut since, mut sales, mut wrong) = (0, 0_u64, Vec::new());
+        loop {
+            let page = read::snapshot(&mut target, since, PAGE).await?;
+            for sale in &page.sales {
+                sales += 1;
+                if sale.total != sale.remaining + sale.claimed {
+                    wrong.push(sale.spec.sale_id.to_string());
+                }
+            }
+            wrong.extend(page.unreadable.iter().map(|(id, _)| id.clone()));
+            match page.sales.last() {
+                Some(last) if page.sales.len() + page.unreadable.len() >= PAGE => since = last.touched,
+                _ => break,
+            }
+        }
+        let value = if wrong.is_empty() {
+            format!("{sales} sales, total = remaining + claimed")
+        } else {
+            format!("{} of {sales} sales do not add up: {}", wrong.len(), wrong.join(", "))
+        };
+        checks.add("sales", value, "total = remaining + claimed", verdict(wrong.is_empty()));
+        Ok(())
+    }
+
+    /// The old master follows the new one, or will: its guardian sees to it.
+    async fn compare_source(&mut self, checks: &mut Checks) {
+        let topology = self.shared.topology.current();
+        let until = Instant::now() + ATTACHED_WITHIN;
+        let partition = usize::from(self.shared.options.partition);
+        let address = topology.center(&self.shift.to).and_then(|center| center.ledger.get(partition));
+        let mut conn = None;
+        let last = loop {
+            let seen = async {
+                let mut source = match conn.take() {
+                    Some(source) => source,
+                    None => connect(&self.shared, &topology, &self.shift.from).await?,
+                };
+                let standing = roles::standing(&mut source).await?;
+                conn = Some(source);
+                Ok::<_, LedgerError>(standing)
+            }
+            .await;
+            let value = match seen {
+                Ok(standing) => match &standing.role {
+                    Role::Replica { of, .. } if Some(of) == address && standing.replication.linked => {
+                        break "replica of the new master".to_owned();
+                    }
+                    Role::Replica { of, link, .. } => format!("replica of {of}, {link}"),
+                    Role::Master { .. } => "master".to_owned(),
+                },
+                Err(error) => format!("no answer: {error}"),
+            };
+            if Instant::now() >= until || self.shared.token.is_cancelled() {
+                break value;
+            }
+            tokio::time::sleep(ATTACHED_POLL).await;
+        };
+        let fits = last == "replica of the new master";
+        checks.add("source_role", last, "replica of the new master", verdict(fits));
+    }
+}
