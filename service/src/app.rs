@@ -109,6 +109,8 @@ async fn serve(
     fatal: &CancellationToken,
 ) -> anyhow::Result<()> {
     let (tokens, tickets) = open_rings(&config.auth).context("the keys cannot be used")?;
+    let keys = config.cross_center.keyring(config.center.id.clone())?;
+    let tls = config.internal_tls()?;
     let metrics = Arc::new(Metrics::new());
     let redis_url = config.ledger.partitions.first().context("ledger.partitions names no Redis")?;
 
@@ -158,9 +160,9 @@ async fn serve(
         stop.clone(),
     )?;
     metrics.register(|registry| guardian.metrics().register(registry));
-    let keys = config.cross_center.keyring(config.center.id.clone())?;
     let sessions = Sessions::new(keys.clone(), instance_id);
-    let cross = keys.own().is_some().then(|| CrossCenter::new(keys, topology.clone(), instances.clone()));
+    let (signs, caller) = (keys.own().is_some(), tls.caller);
+    let cross = signs.then(|| CrossCenter::with_tls(caller, keys, topology.clone(), instances.clone()));
     let relay = Relay::new(cross.clone());
     let parts = Parts {
         ledger: &config.ledger,
@@ -232,7 +234,8 @@ async fn serve(
             tasks: tracker.clone(),
             metrics,
         });
-        servers.spawn(http::serve(listener, internal, options.clone(), ending.clone()));
+        let options = ServeOptions { tls: tls.listener, ..options.clone() };
+        servers.spawn(http::serve(listener, internal, options, ending.clone()));
     }
     servers.spawn(http::serve(listeners.public, public, options.clone(), ending.clone()));
     // Probes and operators are answered until the end of the drain.

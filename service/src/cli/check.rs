@@ -15,8 +15,8 @@ use crate::topology::{FileStore, StoreError};
 pub(super) enum ConfigCommand {
     /// Check a configuration: errors end with 1, warnings are listed
     ///
-    /// Reads the file and SECKILL__SECTION__KEY of the environment as `serve` would, and the files of the token
-    /// keys and of etcd's password and certificates. A topology in a file is an error when the centers that it
+    /// Reads the file and SECKILL__SECTION__KEY of the environment as `serve` would, and the files of all keys,
+    /// certificates and etcd's password. A topology in a file is an error when the centers that it
     /// names are on different hosts.
     Check {
         /// Configuration file

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::load::ConfigError;
-use super::validate::{Warning, is_local};
+use super::validate::{PLAIN_CALLS, Warning, is_local};
 use super::{Config, TopologyStoreKind};
 use crate::topology::Topology;
 
@@ -28,14 +28,14 @@ impl Config {
                 variable: None,
             });
         }
-        let plain = urls.into_iter().filter(|(_, url)| url.starts_with("http://") && !is_local(url));
+        // Those that the configuration lists, it has warned of.
+        let listed = |id: &str| self.cluster.centers.iter().any(|center| center.id.as_str() == id);
+        let plain = urls.into_iter().filter(|(id, _)| !listed(id));
+        let plain = plain.filter(|(_, url)| url.starts_with("http://") && !is_local(url));
         Ok(plain
             .map(|(id, _)| Warning {
                 key: format!("topology: centers.{id}.internal_url"),
-                text:
-                    "plain text between centers: calls are signed, but whoever is on the way can read them; lay \
-                       an encrypted network or tunnel under it"
-                        .to_owned(),
+                text: PLAIN_CALLS.to_owned(),
             })
             .collect())
     }

@@ -6,6 +6,7 @@ use toml::{Table, Value};
 
 use super::Config;
 use super::auth::KeyError;
+use super::cross_center::CrossCenterError;
 
 /// The commented default configuration; `seckill config default` prints it.
 pub const DEFAULT_TOML: &str = include_str!("../../config.default.toml");
@@ -15,7 +16,7 @@ pub const ENV_PREFIX: &str = "SECKILL__";
 
 /// Optional keys that hold text. The default file shows them in comments only, so their type is not to be seen
 /// there, and a secret of digits must not become a number.
-const TEXT_KEYS: [&str; 18] = [
+const TEXT_KEYS: [&str; 19] = [
     "id",
     "center",
     "secret",
@@ -34,6 +35,7 @@ const TEXT_KEYS: [&str; 18] = [
     "ca_file",
     "cert_file",
     "key_file",
+    "client_ca_file",
 ];
 
 /// Entries of a list that the environment may name by position, such as `SECKILL__AUTH__USERS__KEYS__0__SECRET`.
@@ -84,6 +86,9 @@ pub enum ConfigError {
         /// Why.
         error: KeyError,
     },
+    /// What centers sign or encrypt their calls with cannot be used.
+    #[error(transparent)]
+    CrossCenter(#[from] CrossCenterError),
 }
 
 /// The process' environment, as far as it is text.
@@ -438,13 +443,19 @@ mod tests {
         assert!(quiet.iter().all(|warning| warning.key.starts_with("auth.")), "{quiet:?}");
         let config = load(
             "[ledger]\npartitions = [\"redis://10.0.0.5:6379\"]\nresponse_timeout_ms = 9000\n\
-             [listen]\nadmin = \"0.0.0.0:8081\"\npublic_url = \"http://shop.example\"",
+             [listen]\nadmin = \"0.0.0.0:8081\"\npublic_url = \"http://shop.example\"\n\
+             internal_url = \"http://in.example\"",
             &[],
         )
         .unwrap();
         let warnings = config.warnings();
-        for key in ["ledger.partitions[0]", "ledger.response_timeout_ms", "listen.admin", "listen.public_url"]
-        {
+        for key in [
+            "ledger.partitions[0]",
+            "ledger.response_timeout_ms",
+            "listen.admin",
+            "listen.public_url",
+            "listen.internal_url",
+        ] {
             assert!(warnings.iter().any(|warning| warning.key == key), "{key} in {warnings:?}");
         }
     }

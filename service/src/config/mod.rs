@@ -27,7 +27,7 @@ use crate::topology::{self, Durability, Limits, Rate};
 pub use auth::{
     AuthConfig, KeyAlgorithm, KeyConfig, KeyError, KeyMaterial, KeyRing, Secret, without_newline,
 };
-pub use cross_center::{CrossCenterConfig, CrossCenterError, CrossKeyConfig};
+pub use cross_center::{CrossCenterConfig, CrossCenterError, CrossKeyConfig, CrossTlsConfig, InternalTls};
 pub use etcd::{EtcdConfig, Stores};
 pub use kafka::{KafkaCluster, KafkaConfig, KafkaSecretError};
 pub use load::{ConfigError, DEFAULT_TOML, ENV_PREFIX, process_env};

@@ -14,6 +14,10 @@ const MAX_SNAPSHOT_INTERVAL_MS: u64 = 100;
 /// An HS256 secret should be as long as the hash (RFC 7518, section 3.2), in bytes.
 const HS256_SECRET_BYTES: usize = 32;
 
+/// What is said of an internal listener without TLS.
+pub(super) const PLAIN_CALLS: &str = "plain text between centers: calls are signed, but whoever is on the way reads them, \
+     and can answer in the other center's place; use https:// and [cross_center.tls]";
+
 /// Something that is allowed and asks for trouble.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Warning {
@@ -87,6 +91,7 @@ impl Config {
 
         within("ledger.degrade_after_ms", ledger.degrade_after_ms, 1000, 600_000)?;
         self.validate_centers()?;
+        self.validate_internal_tls()?;
 
         let inventory = &self.inventory;
         within("inventory.lanes", inventory.lanes, 1, 256)?;
@@ -151,7 +156,8 @@ impl Config {
         ]
     }
 
-    /// Reads every token key, so that a missing file is found before the first request.
+    /// Reads every key and certificate that the service starts with, so that a missing file is found before the first
+    /// request.
     pub fn read_keys(&self) -> Result<(), ConfigError> {
         for (ring, index, key) in self.keys() {
             let path = || format!("{ring}.keys[{index}]");
@@ -164,6 +170,8 @@ impl Config {
                 })?;
             }
         }
+        self.cross_center.keyring(self.center.id.clone())?;
+        self.internal_tls()?;
         Ok(())
     }
 
@@ -186,13 +194,22 @@ impl Config {
                 );
             }
         }
-        for (key, url) in [
-            ("listen.public_url", self.listen.public_url()),
-            ("listen.admin_url", self.listen.admin_url()),
-            ("listen.internal_url", self.listen.internal_url()),
-        ] {
+        for (key, url) in
+            [("listen.public_url", self.listen.public_url()), ("listen.admin_url", self.listen.admin_url())]
+        {
             if url.starts_with("http://") && !is_local(&url) {
                 warn(key, "plain text to other machines: tokens can be read on the way; put TLS in front and advertise https://".to_owned());
+            }
+        }
+        let listed = self.cluster.centers.iter().enumerate();
+        let listed = listed.map(|(index, center)| {
+            (format!("cluster.centers[{index}].internal_url"), center.internal_url.clone())
+        });
+        for (key, url) in
+            [("listen.internal_url".to_owned(), self.listen.internal_url())].into_iter().chain(listed)
+        {
+            if url.starts_with("http://") && !is_local(&url) {
+                warn(&key, PLAIN_CALLS.to_owned());
             }
         }
         let plain = self.ledger.partitions.iter().any(|url| url.starts_with("redis://"));

@@ -25,6 +25,7 @@ use super::keyring::{Keyring, MacKey};
 use super::refusal::Refusal;
 use super::session::{ClientSession, Now, Opening, Welcome};
 use super::signature::{Signing, sign};
+use super::tls::{CallerTls, Connector};
 use crate::topology::{Instances, TopologyHandle};
 
 /// How long a connection attempt may take.
@@ -72,7 +73,7 @@ struct Inner {
     keys: Keyring,
     topology: TopologyHandle,
     instances: Instances,
-    http: legacy::Client<HttpConnector, Full<Bytes>>,
+    http: legacy::Client<Connector, Full<Bytes>>,
     peers: Mutex<HashMap<String, Arc<Peer>>>,
     next: AtomicUsize,
 }
@@ -93,8 +94,27 @@ impl std::fmt::Debug for CrossCenter {
 }
 
 impl CrossCenter {
-    /// Connects to nothing yet.
+    /// For centers whose URLs are all `http://`. Connects to nothing yet.
     pub fn new(keys: Keyring, topology: TopologyHandle, instances: Instances) -> CrossCenter {
+        CrossCenter::over(None, keys, topology, instances)
+    }
+
+    /// For `http://` and `https://` URLs. Connects to nothing yet.
+    pub fn with_tls(
+        tls: CallerTls,
+        keys: Keyring,
+        topology: TopologyHandle,
+        instances: Instances,
+    ) -> CrossCenter {
+        CrossCenter::over(Some(tls), keys, topology, instances)
+    }
+
+    fn over(
+        tls: Option<CallerTls>,
+        keys: Keyring,
+        topology: TopologyHandle,
+        instances: Instances,
+    ) -> CrossCenter {
         let mut connector = HttpConnector::new();
         connector.set_nodelay(true);
         connector.set_connect_timeout(Some(CONNECT_TIMEOUT));
@@ -105,7 +125,7 @@ impl CrossCenter {
             .http2_keep_alive_interval(PING_INTERVAL)
             .http2_keep_alive_timeout(PING_INTERVAL)
             .http2_keep_alive_while_idle(true)
-            .build(connector);
+            .build(Connector::new(connector, tls));
         CrossCenter(Arc::new(Inner {
             keys,
             topology,

@@ -6,6 +6,8 @@
 //! nonces ([`session`]), signs everything else. A session lives in one server process and is known to no other, so
 //! a recorded request is worth nothing anywhere else, after a restart, or a second time ([`ReplayWindow`]).
 //!
+//! Over `https://` URLs it all goes through TLS ([`tls`]).
+//!
 //! What a request must look like, to the letter, stands in [`signature`]. A request that does not is refused with
 //! a [`Refusal`] before anything of it is read but its digest.
 
@@ -15,6 +17,7 @@ mod keyring;
 mod refusal;
 pub mod session;
 pub mod signature;
+pub mod tls;
 mod window;
 
 pub use client::{CallError, CrossCenter};

@@ -11,13 +11,15 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use super::call::Peer;
+use crate::cross_center::tls::ListenerTls;
 
 /// How a listener is served.
 #[derive(Debug, Clone)]
@@ -28,6 +30,8 @@ pub struct ServeOptions {
     pub header_read_timeout: Duration,
     /// How long a drain waits for requests under way.
     pub drain_deadline: Duration,
+    /// Speaks TLS and nothing else.
+    pub tls: Option<ListenerTls>,
 }
 
 impl Default for ServeOptions {
@@ -36,6 +40,7 @@ impl Default for ServeOptions {
             max_connections: 50_000,
             header_read_timeout: Duration::from_secs(60),
             drain_deadline: Duration::from_secs(20),
+            tls: None,
         }
     }
 }
@@ -91,16 +96,27 @@ pub async fn serve(
                 }
             },
         };
-        let connection = serve_connection(
-            Arc::clone(&builder),
-            stream,
-            peer,
-            router.clone(),
-            shutdown.clone(),
-            cut.clone(),
-        );
+        // Answers are small and complete: waiting to fill a segment would only delay them.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "TCP_NODELAY could not be set");
+        }
+        let (builder, router, tls) = (Arc::clone(&builder), router.clone(), options.tls.clone());
+        let (shutdown, cut) = (shutdown.clone(), cut.clone());
         connections.spawn(async move {
-            connection.await;
+            match tls {
+                None => serve_connection(builder, stream, peer, router, shutdown, cut).await,
+                Some(tls) => {
+                    // A drain does not wait for handshakes: nothing was asked yet.
+                    let shaken = tokio::select! {
+                        () = shutdown.cancelled() => return,
+                        shaken = tls.accept(stream) => shaken,
+                    };
+                    match shaken {
+                        Ok(stream) => serve_connection(builder, stream, peer, router, shutdown, cut).await,
+                        Err(error) => tracing::debug!(%peer, %error, "no TLS connection came about"),
+                    }
+                }
+            }
             drop(slot);
         });
     }
@@ -118,18 +134,14 @@ pub async fn serve(
     left
 }
 
-async fn serve_connection(
+async fn serve_connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     builder: Arc<Builder<TokioExecutor>>,
-    stream: TcpStream,
+    stream: S,
     peer: SocketAddr,
     router: Router,
     shutdown: CancellationToken,
     cut: CancellationToken,
 ) {
-    // Answers are small and complete: waiting to fill a segment would only delay them.
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "TCP_NODELAY could not be set");
-    }
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(Peer(peer));
         // A router is always ready.
