@@ -141,6 +141,7 @@ pub struct Sessions(Arc<Inner>);
 struct Inner {
     keys: Keyring,
     instance: String,
+    lifetime: Duration,
     state: Mutex<State>,
 }
 
@@ -184,7 +185,13 @@ pub struct Genuine {
 impl Sessions {
     /// No sessions yet. `instance` names this process: no other ever had or gets the name.
     pub fn new(keys: Keyring, instance: String) -> Sessions {
-        Sessions(Arc::new(Inner { keys, instance, state: Mutex::default() }))
+        Sessions::with_lifetime(keys, instance, LIFETIME)
+    }
+
+    /// Sessions that end earlier than after [`LIFETIME`].
+    pub fn with_lifetime(keys: Keyring, instance: String, lifetime: Duration) -> Sessions {
+        let lifetime = lifetime.min(LIFETIME);
+        Sessions(Arc::new(Inner { keys, instance, lifetime, state: Mutex::default() }))
     }
 
     /// The name of this process.
@@ -256,7 +263,7 @@ impl Sessions {
             session,
             nonce: STANDARD.encode(receiver_nonce),
             version,
-            expires_in_s: LIFETIME.as_secs(),
+            expires_in_s: self.0.lifetime.as_secs(),
             proof,
         })
     }
@@ -275,7 +282,7 @@ impl Sessions {
         let (key, caller) = {
             let mut state = self.state();
             let found = state.sessions.get_mut(&session).ok_or(Refusal::SessionUnknown)?;
-            if now.instant.saturating_duration_since(found.opened) >= LIFETIME {
+            if now.instant.saturating_duration_since(found.opened) >= self.0.lifetime {
                 return Err(Refusal::SessionExpired);
             }
             found.used = now.instant;

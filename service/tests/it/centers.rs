@@ -14,6 +14,7 @@ use http::Method;
 use seckill_parts::{Etcd, Link, LinkState, Redis, RedisOptions};
 use serde_json::{Value, json};
 
+use crate::certificates::Authority;
 use crate::client::Client;
 use crate::support::{PATIENCE, eventually};
 use crate::up::free_base_port;
@@ -68,6 +69,8 @@ pub(crate) struct CentersOptions {
     pub(crate) queue: Option<&'static str>,
     /// `orders.database_url` of a center, where it is not SQLite.
     pub(crate) databases: Vec<(Which, String)>,
+    /// The internal API speaks TLS, and both sides show a certificate.
+    pub(crate) tls: bool,
 }
 
 /// Two centers.
@@ -104,6 +107,9 @@ impl Centers {
         };
         let base_port = free_base_port();
         write_keys(dir.path());
+        if options.tls {
+            write_certificates(dir.path());
+        }
         let mut sides = Vec::new();
         for which in BOTH {
             let folder = dir.path().join(which.id());
@@ -145,6 +151,7 @@ impl Centers {
         let dir = self.dir.path().display();
         let (id, number, first) = (which.id(), which.number(), port(self.base_port, which));
         let side = self.side(which);
+        let scheme = if options.tls { "https" } else { "http" };
         let mut text = String::new();
         if let Some(queue) = options.queue {
             writeln!(text, "queue = \"{queue}\"").unwrap();
@@ -159,7 +166,7 @@ number = {number}
 public = "127.0.0.1:{first}"
 admin = "127.0.0.1:{}"
 internal = "127.0.0.1:{}"
-internal_url = "http://{}"
+internal_url = "{scheme}://{}"
 [ledger]
 partitions = ["{}"]
 degrade_after_ms = 2000
@@ -190,12 +197,20 @@ log = "seckill=info,warn"
             )
             .unwrap(),
         }
+        if options.tls {
+            writeln!(
+                text,
+                "[cross_center.tls]\ncert_file = \"{dir}/{id}.pem\"\nkey_file = \"{dir}/{id}-key.pem\"\n\
+                 ca_file = \"{dir}/ca.pem\"\nclient_ca_file = \"{dir}/ca.pem\""
+            )
+            .unwrap();
+        }
         for of in BOTH {
             let (other, first) = (self.side(of), port(self.base_port, of));
             writeln!(
                 text,
                 "[[cluster.centers]]\nid = \"{0}\"\nnumber = {1}\npublic_url = \"http://127.0.0.1:{first}\"\n\
-                 admin_url = \"http://127.0.0.1:{2}\"\ninternal_url = \"http://{3}\"\nledger = [\"{4}\"]\n\
+                 admin_url = \"http://127.0.0.1:{2}\"\ninternal_url = \"{scheme}://{3}\"\nledger = [\"{4}\"]\n\
                  [[cross_center.keys]]\nid = \"{0}-1\"\ncenter = \"{0}\"\nsecret_file = \"{dir}/cross-{0}.key\"",
                 of.id(),
                 of.number(),
@@ -418,6 +433,17 @@ impl Side {
 /// The first port of a center.
 fn port(base: u16, which: Which) -> u16 {
     base + (which.number() - 1) * 10
+}
+
+/// An authority, and a certificate of it for each center.
+fn write_certificates(dir: &Path) {
+    let authority = Authority::new();
+    std::fs::write(dir.join("ca.pem"), authority.pem()).unwrap();
+    for which in BOTH {
+        let (certificate, key) = authority.issue("127.0.0.1");
+        std::fs::write(dir.join(format!("{}.pem", which.id())), certificate).unwrap();
+        std::fs::write(dir.join(format!("{}-key.pem", which.id())), key).unwrap();
+    }
 }
 
 /// The key rings of both centers, and the tokens of an operator and of the shop's backend.

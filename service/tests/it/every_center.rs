@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use crate::client::Client;
-use crate::cross_center::Pair;
+use crate::pair::Pair;
 use crate::support::eventually;
 use crate::up::Up;
 
@@ -162,8 +162,8 @@ async fn the_outbox_keeps_what_another_center_has_not_stored() {
     })
     .await;
     assert_eq!(first().await, half);
-    let listener = crate::cross_center::bind(Some(pair.b_at)).await;
-    pair.b.listen(listener, "b-second", crate::cross_center::ring("b")).await;
+    let listener = crate::pair::bind(Some(pair.b_at)).await;
+    pair.b.listen(listener, "b-second", crate::pair::ring("b")).await;
     eventually("b answers again", async || (first().await == all).then_some(())).await;
 }
 
@@ -187,13 +187,13 @@ async fn a_sale_is_archived_when_every_center_is_done_with_it() {
         matches!(&silent, Err(archive::Error::Orders(Untold::Other { center, .. })) if center.as_str() == "b"),
         "{silent:?}"
     );
-    let listener = crate::cross_center::bind(Some(pair.b_at)).await;
-    pair.b.listen(listener, "b-second", crate::cross_center::ring("b")).await;
+    let listener = crate::pair::bind(Some(pair.b_at)).await;
+    pair.b.listen(listener, "b-second", crate::pair::ring("b")).await;
     // a does not answer: the release waits in b.
     pair.a.serving.cancel();
     pair.b.orders.cancel(&Uid::new(&uid).unwrap(), order).await.unwrap();
     assert_eq!(tried(&pair).await, "in center b the stock of 1 orders is on its way back");
-    pair.restart_a("a-second", crate::cross_center::ring("a")).await;
+    pair.restart_a("a-second", crate::pair::ring("a")).await;
     eventually("b's release is done", async || {
         (pair.b.orders.pending_release_count().await.unwrap() == 0).then_some(())
     })

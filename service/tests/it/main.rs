@@ -4,6 +4,7 @@
 
 mod audit;
 mod centers;
+mod certificates;
 mod client;
 mod crash;
 mod cross_center;
@@ -12,6 +13,7 @@ mod every_center;
 mod inventory;
 mod ledger_lost;
 mod lifecycle;
+mod pair;
 mod poison;
 mod production;
 mod proxy;

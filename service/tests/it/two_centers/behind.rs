@@ -57,6 +57,7 @@ impl Behind {
             more: BOTH.map(kafka).into(),
             queue: Some("kafka"),
             databases: self.databases.clone(),
+            ..CentersOptions::default()
         }
     }
 }

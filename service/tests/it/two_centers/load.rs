@@ -24,6 +24,16 @@ async fn over_kafka_mariadb_and_etcd_load_on_both_centers_does_the_same() {
     load_on_both(&Centers::start(behind.options()).await).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_tls_the_back_office_and_shoppers_of_both_centers_are_served() {
+    let centers = Centers::start(CentersOptions { tls: true, ..CentersOptions::default() }).await;
+    centers.client(Which::B).create_sale("phone", 100, json!({})).await;
+    let heard = Crowd::start(&centers, "phone", "u", 16, 150).finish().await;
+    assert_eq!((heard.bought.len(), heard.sold_out), (100, 50));
+    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, 100);
+    assert_audits_clean(&centers);
+}
+
 async fn load_on_both(centers: &Centers) {
     const UNITS: usize = 1500;
     const USERS: usize = 2500;
