@@ -141,6 +141,11 @@ pub struct InventoryConfig {
     pub queue_len: usize,
     /// A purchase that was not sent by then is dropped as `overloaded`. Default: 5000.
     pub deadline_ms: u64,
+    /// How long a purchase is held while the master center moves; then it is `shifting`. Default: 3000.
+    pub hold_ms: u64,
+    /// Purchases that are held at the same time at most; the next is `shifting` at once. Peak rate × `hold_ms`, some
+    /// 700 bytes each. Default: 200000 (67,000 a second for 3 s).
+    pub hold_max: usize,
     /// How often sales are copied from the local replica, at most 100 ms apart by contract. Default: 100.
     pub snapshot_interval_ms: u64,
     /// How often the master writes its time into the ledger. Default: 200.
@@ -377,6 +382,8 @@ impl Default for InventoryConfig {
             max_batch: 512,
             queue_len: 8192,
             deadline_ms: 5000,
+            hold_ms: 3000,
+            hold_max: 200_000,
             snapshot_interval_ms: 100,
             heartbeat_ms: 200,
             winners_max: 1_000_000,

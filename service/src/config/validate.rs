@@ -98,6 +98,8 @@ impl Config {
         within("inventory.max_batch", inventory.max_batch, 1, MAX_BATCH)?;
         within("inventory.queue_len", inventory.queue_len, inventory.max_batch, 1 << 20)?;
         within("inventory.deadline_ms", inventory.deadline_ms, 100, 60_000)?;
+        within("inventory.hold_ms", inventory.hold_ms, 0, 60_000)?;
+        within("inventory.hold_max", inventory.hold_max, 0, 10_000_000)?;
         within(
             "inventory.snapshot_interval_ms",
             inventory.snapshot_interval_ms,
@@ -256,6 +258,15 @@ impl Config {
             warn(
                 "ledger.response_timeout_ms",
                 "below 500 ms a pause of the disk turns purchases into unknown outcomes".to_owned(),
+            );
+        }
+        if self.inventory.hold_ms >= self.inventory.deadline_ms {
+            warn(
+                "inventory.hold_ms",
+                format!(
+                    "not below inventory.deadline_ms ({}): what is held while the master moves has no time left after it",
+                    self.inventory.deadline_ms
+                ),
             );
         }
         if self.topology.lease_ttl_ms < 1000 {

@@ -127,6 +127,8 @@ pub enum ReserveOutcome {
     Overloaded,
     /// The master may not write now. Nothing happened.
     NoAuthority(String),
+    /// The master moves, or has moved. Nothing happened; whoever asks holds it and asks the next master.
+    Shifting,
     /// The ledger has no room. Nothing happened.
     LedgerFull,
     /// Nothing happened, for another reason.

@@ -9,7 +9,7 @@ use axum::routing::MethodFilter;
 use bytes::Bytes;
 use futures_util::StreamExt;
 use http::header::{CONTENT_TYPE, ETAG, IF_MATCH, LOCATION};
-use http::{HeaderMap, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderValue, Method, StatusCode};
 use seckill_domain::{
     CenterId, Clock, OrderId, OrderStatus, SaleId, SalePatch, SalePhase, SaleSpec, SystemClock, Uid,
 };
@@ -72,8 +72,11 @@ impl AdminState {
         }
     }
 
-    /// The master center's answer, where that is another one than this.
+    /// The master center's answer, where that is another one than this. A change waits until the master is settled.
     async fn elsewhere(&self, call: &mut Call, actor: &Actor) -> Result<Option<Response>, Problem> {
+        if call.parts.method != Method::GET {
+            self.inventory.settled().await?;
+        }
         match self.relay.other_master() {
             Some(master) => {
                 self.relay.forward(&master, call, Vouched::Admin(actor.to_string())).await.map(Some)
@@ -235,6 +238,7 @@ async fn create_many(state: &AdminState, actor: &Actor, body: &Bytes) -> Result<
         let detail = format!("At most {MAX_BULK_LINES} sales at once");
         return Err(Problem::with_detail(Code::PayloadTooLarge, detail));
     }
+    state.inventory.settled().await?;
     let results = futures_util::stream::iter(lines).map(|(number, line)| async move {
         if line.len() > MAX_BODY_BYTES {
             let detail = format!("A line has at most {MAX_BODY_BYTES} bytes");

@@ -9,6 +9,7 @@ use axum::response::Response;
 use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::{BodyExt, Limited};
+use seckill_domain::Epoch;
 use seckill_ledger::{Executed, ReleaseEntry};
 use serde::de::DeserializeOwned;
 use tokio_util::task::TaskTracker;
@@ -126,13 +127,24 @@ async fn accept(state: &InternalState, call: &mut Call) -> Result<(Caller, Bytes
 
 /// The same for a call that depends on who is the master or at home where: both sides must see the same topology.
 async fn question<Q: DeserializeOwned>(state: &InternalState, call: &mut Call) -> Result<Q, Rejected> {
+    question_at(state, call).await.map(|(question, _)| question)
+}
+
+/// The same, with the epoch that both sides saw.
+async fn question_at<Q: DeserializeOwned>(
+    state: &InternalState,
+    call: &mut Call,
+) -> Result<(Q, Epoch), Rejected> {
     let (caller, body) = accept(state, call).await?;
-    let epoch = state.topology.current().epoch.0;
-    if caller.epoch != epoch {
+    let epoch = state.topology.current().epoch;
+    if caller.epoch != epoch.0 {
         let detail = format!("The caller is at epoch {}, this center at epoch {epoch}", caller.epoch);
         return Err(Problem::with_detail(Code::NoAuthority, detail).executed(Executed::No).into());
     }
-    serde_json::from_slice(&body).map_err(|error| Problem::bad_request(error.to_string()).into())
+    match serde_json::from_slice(&body) {
+        Ok(question) => Ok((question, epoch)),
+        Err(error) => Err(Problem::bad_request(error.to_string()).into()),
+    }
 }
 
 /// The same for a call that only reads what this center holds: it has the same answer at every epoch.
@@ -149,11 +161,11 @@ fn bounded(entries: usize) -> Result<(), Problem> {
 }
 
 async fn reserve(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
-    match question::<ReserveCall>(&state, &mut call).await {
-        Ok(call) => {
+    match question_at::<ReserveCall>(&state, &mut call).await {
+        Ok((call, epoch)) => {
             bounded(call.entries.len())?;
             // The lanes own what they took: nothing is lost if the caller hangs up.
-            private_json(&state.inventory.decide_for_others(call).await)
+            private_json(&state.inventory.decide_for_others(epoch, call).await)
         }
         Err(rejected) => rejected.answer(RESERVE),
     }

@@ -386,6 +386,7 @@ impl From<PurchaseError> for Problem {
             PurchaseError::Overloaded => Problem::new(Code::Overloaded).executed(Executed::No),
             // The reason is for operators: it is in the log, in the metrics and in /readyz.
             PurchaseError::NoAuthority(_) => Problem::new(Code::NoAuthority).executed(Executed::No),
+            PurchaseError::Shifting => Problem::new(Code::Shifting).executed(Executed::No),
             PurchaseError::LedgerFull => Problem::new(Code::LedgerFull).executed(Executed::No),
             PurchaseError::NotReplicated => Problem::new(Code::NotReplicated).executed(Executed::Unknown),
             PurchaseError::MasterUnreachable { executed } => {
@@ -402,7 +403,12 @@ impl From<Unavailable> for Problem {
             Unavailable::NoAuthority(reason) => {
                 Problem::with_detail(Code::NoAuthority, reason.to_string()).executed(executed)
             }
+            Unavailable::Shifting => Problem::new(Code::Shifting).executed(executed),
             Unavailable::NotReplicated => Problem::new(Code::NotReplicated).executed(executed),
+            // The epoch ended between the permission and the write.
+            Unavailable::Ledger(seckill_ledger::Error::Refused(
+                seckill_ledger::Refusal::StaleEpoch { .. } | seckill_ledger::Refusal::FutureEpoch { .. },
+            )) => Problem::new(Code::Shifting).executed(executed),
             Unavailable::Ledger(seckill_ledger::Error::Full) => {
                 Problem::new(Code::LedgerFull).executed(executed)
             }

@@ -125,7 +125,8 @@ impl Barrier {
 
     /// Waits until a write counts whose reply has come, on a connection to the run `run_id` of the server, under
     /// this grant: at once with durability `local`, else behind a barrier. Then the authority is asked once more
-    /// (A2); the durability that counts is the one of the grant that the write was made under.
+    /// (A2); the durability that counts is the one of the grant that the write was made under. An authority that ends
+    /// meanwhile ends the wait, too: while the master moves, nobody waits for a replica that is to be the master.
     pub async fn confirm(&self, grant: &Arc<Grant>, run_id: &Arc<str>) -> Result<(), Unconfirmed> {
         match grant.acknowledge {
             Acknowledge::Local => {}
@@ -134,7 +135,13 @@ impl Barrier {
                 let ticket =
                     Ticket { grant: Arc::clone(grant), run_id: Arc::clone(run_id), replicas, confirmed };
                 self.tickets.send(ticket).await.map_err(|_| Unconfirmed)?;
-                if !outcome.await.unwrap_or(false) {
+                let mut status = self.authority.subscribe();
+                let ended = status.wait_for(|now| now.as_ref().map_or(true, |now| now.fence != grant.fence));
+                let confirmed = tokio::select! {
+                    confirmed = outcome => confirmed.unwrap_or(false),
+                    _ = ended => false,
+                };
+                if !confirmed {
                     return Err(Unconfirmed);
                 }
             }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use seckill_domain::{InvalidSale, Millis};
 use seckill_ledger::Executed;
 
+use crate::topology::{Cause, NoAuthority};
+
 /// Why a purchase was not accepted.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PurchaseError {
@@ -46,6 +48,10 @@ pub enum PurchaseError {
     /// This service may not write to the ledger now. Nothing happened.
     #[error("no authority over the ledger: {0}")]
     NoAuthority(Arc<str>),
+    /// The master center is moving, for longer than a purchase is held or with more of them than are held. Nothing
+    /// happened.
+    #[error("the master center is moving")]
+    Shifting,
     /// The ledger's memory bound is reached. Nothing happened.
     #[error("the ledger is full")]
     LedgerFull,
@@ -72,6 +78,9 @@ pub enum Unavailable {
     /// This service may not write to the ledger now.
     #[error("no authority over the ledger: {0}")]
     NoAuthority(Arc<str>),
+    /// The master center is moving. Nothing happened.
+    #[error("the master center is moving")]
+    Shifting,
     /// The ledger has the change, but the other center did not confirm it in time: it may or may not survive (K4).
     #[error("the other center did not confirm the change in time")]
     NotReplicated,
@@ -83,7 +92,16 @@ impl Unavailable {
         match self {
             Unavailable::Ledger(error) => error.executed(),
             Unavailable::NotReplicated => Executed::Unknown,
-            Unavailable::Pool(_) | Unavailable::NoAuthority(_) => Executed::No,
+            Unavailable::Pool(_) | Unavailable::NoAuthority(_) | Unavailable::Shifting => Executed::No,
+        }
+    }
+}
+
+impl From<NoAuthority> for Unavailable {
+    fn from(refusal: NoAuthority) -> Self {
+        match refusal.cause {
+            Cause::Shifting => Unavailable::Shifting,
+            _ => Unavailable::NoAuthority(refusal.reason),
         }
     }
 }

@@ -7,17 +7,22 @@
 //! | verdict of an attempt | what the lane does |
 //! | --- | --- |
 //! | accepted, refused | answers |
-//! | not executed | holds the purchase and has it attempted again until its deadline passes, then says why |
+//! | not executed | has the purchase attempted again until its deadline passes, then says why |
 //! | unknown | the same, under the same key; past the deadline answers "unknown" |
+//!
+//! While nothing may be attempted, because the master moves or the authority is on its way, purchases are kept
+//! ([`super::held`]) and go out the moment that this changes: first in, first out, in full batches, to whoever is
+//! the master then. What another center sent on is not held during a shift but goes back there.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use seckill_domain::{CenterId, CenterNumber, OrderId};
-use seckill_ledger::{Executed, MAX_BATCH, ReserveEntry};
+use seckill_domain::Epoch;
+use seckill_ledger::{Executed, MAX_BATCH};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -25,15 +30,26 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::error::PurchaseError;
+use super::held::{Bound, Held, Keeper};
 use super::metrics::InventoryMetrics;
-use super::route::{Attempt, Route, Verdict};
+use super::route::{Attempt, Gate, Route, Verdict};
+use super::waiting::{Batch, Home, Waiting};
 use super::{Accepted, Purchase};
 use crate::config::InventoryConfig;
 use crate::tasks::essential;
 use crate::topology::TopologyHandle;
 
-/// Pause before purchases that could not be decided are attempted again.
+/// Pause before purchases are attempted again whose attempt came to nothing though nothing is known to be in its
+/// way: the server cannot be reached, or the other center has not heard of what this one knows.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
+
+/// How often a lane that waits for a change looks by itself. A lease that ran out and was renewed before anybody
+/// noticed is no change that is told.
+const RECHECK: Duration = Duration::from_millis(100);
+
+/// A call of this center's Redis that takes longer is no longer waited for blindly: purchases in the queue are taken
+/// out meanwhile, so that each is answered by its deadline.
+const SLOW: Duration = Duration::from_millis(100);
 
 /// Passes of the scheduler that a batch may wait for more purchases at most; one takes some 10 µs under load.
 const GATHER_PASSES: usize = 32;
@@ -46,54 +62,6 @@ const FULL_ENOUGH: usize = 128;
 /// Attempts of one lane that may go on beside it. Full batches every millisecond over 100 ms between centers are
 /// a hundred; smaller batches than that grow while they wait for a place.
 const MAX_PENDING: usize = 128;
-
-/// A purchase in a lane.
-struct Waiting {
-    purchase: Purchase,
-    home: Home,
-    deadline: Instant,
-    /// Why it is held.
-    held: Option<PurchaseError>,
-    /// Set once an attempt may have been accepted without our hearing of it.
-    doubt: Option<PurchaseError>,
-    answer: oneshot::Sender<Result<Accepted, PurchaseError>>,
-}
-
-impl Waiting {
-    /// What a decider needs of it.
-    fn entry(&self) -> ReserveEntry {
-        ReserveEntry {
-            uid: self.purchase.uid.clone(),
-            key: self.purchase.key,
-            quantity: self.purchase.quantity,
-            center: self.home.number,
-            traceparent: self.purchase.traceparent.clone(),
-        }
-    }
-
-    fn accept(self, order_id: OrderId, replayed: bool) {
-        let home_center = self.home.center.clone();
-        self.settle(Ok(Accepted { order_id, replayed, home_center }));
-    }
-
-    /// Answers that it was not accepted, or, where an attempt may have been, that nobody knows.
-    fn refuse(mut self, error: PurchaseError) {
-        let error = self.doubt.take().unwrap_or(error);
-        self.settle(Err(error));
-    }
-
-    /// The client may be gone; then the ledger is what remembers.
-    fn settle(self, answer: Result<Accepted, PurchaseError>) {
-        let _ = self.answer.send(answer);
-    }
-}
-
-/// Where the buyer is at home.
-#[derive(Clone)]
-pub(super) struct Home {
-    pub(super) center: CenterId,
-    pub(super) number: CenterNumber,
-}
 
 /// All lanes of this service.
 pub(super) struct Lanes {
@@ -113,6 +81,7 @@ impl Lanes {
         tracker: &TaskTracker,
         (stop, fatal): (&CancellationToken, &CancellationToken),
     ) -> Lanes {
+        let bound = Bound::new(Duration::from_millis(config.hold_ms), config.hold_max, metrics);
         let queues = (0..config.lanes.max(1))
             .map(|_| {
                 let (sender, queue) = mpsc::channel(config.queue_len);
@@ -120,6 +89,10 @@ impl Lanes {
                     route: route(),
                     metrics: Arc::clone(metrics),
                     max_batch: config.max_batch.clamp(1, MAX_BATCH),
+                    queue_len: config.queue_len,
+                    held: Held::new(bound.clone()),
+                    shifting: false,
+                    next_turn: 0,
                     pending: JoinSet::new(),
                 };
                 essential("lane", tracker, fatal, lane.run(queue, stop.clone()));
@@ -137,22 +110,22 @@ impl Lanes {
     /// Puts a purchase into its user's lane and waits for the answer.
     pub(super) async fn purchase(&self, purchase: Purchase) -> Result<Accepted, PurchaseError> {
         let home = self.home_of(&purchase)?;
-        let outcome = self.put(purchase, home, Instant::now() + self.deadline)?;
+        let outcome = self.put(purchase, home, Instant::now() + self.deadline, None)?;
         // A lane answers everything that it took. If it dies all the same, nobody knows what it had sent.
         outcome.await.unwrap_or(Err(PurchaseError::MasterUnreachable { executed: Executed::Unknown }))
     }
 
     /// Puts a purchase into its user's lane; the answer comes by itself, at the latest when the deadline has
-    /// passed.
+    /// passed. `sent_on` is the epoch of the center that it came to first, where that is another one.
     pub(super) fn put(
         &self,
         purchase: Purchase,
         home: Home,
         deadline: Instant,
+        sent_on: Option<Epoch>,
     ) -> Result<oneshot::Receiver<Result<Accepted, PurchaseError>>, PurchaseError> {
-        let (answer, outcome) = oneshot::channel();
         let lane = self.lane_of(&purchase);
-        let waiting = Waiting { purchase, home, deadline, held: None, doubt: None, answer };
+        let (waiting, outcome) = Waiting::new(purchase, home, deadline, sent_on);
         match lane.try_send(waiting) {
             Ok(()) => Ok(outcome),
             Err(mpsc::error::TrySendError::Full(_)) => {
@@ -193,8 +166,29 @@ struct Lane {
     route: Route,
     metrics: Arc<InventoryMetrics>,
     max_batch: usize,
-    /// Attempts that go on beside the lane. Each gives back what has to be attempted again.
-    pending: JoinSet<Vec<Waiting>>,
+    queue_len: usize,
+    held: Held,
+    /// A shift was recorded, and nothing could be attempted since.
+    shifting: bool,
+    next_turn: u64,
+    /// What goes on beside the lane.
+    pending: JoinSet<Beside>,
+}
+
+/// What ended beside the lane.
+enum Beside {
+    /// An attempt; these are not decided.
+    Attempt(Vec<Waiting>),
+    /// The pause before these are attempted again.
+    Pause(Vec<Waiting>),
+}
+
+/// What the lane may do now.
+enum Now {
+    Attempt,
+    /// As many attempts are under way as may be.
+    Full,
+    Keep(Keeper),
 }
 
 impl Lane {
@@ -203,34 +197,124 @@ impl Lane {
         let mut batch = Vec::with_capacity(self.max_batch);
         let (mut stopping, mut drained) = (false, false);
         loop {
-            if drained && self.pending.is_empty() {
+            if drained && self.pending.is_empty() && self.held.is_empty() {
                 return;
             }
+            let now = self.look();
+            let (may_attempt, takes_in) = match now {
+                Now::Attempt => (true, true),
+                Now::Full => (false, false),
+                // A shift has a bound of its own; otherwise the lane holds no more than its queue does.
+                Now::Keep(Keeper::Shift) => (false, true),
+                Now::Keep(Keeper::Authority) => (false, self.held.len() < self.queue_len),
+            };
+            let keeps = matches!(now, Now::Keep(_));
             tokio::select! {
                 biased;
-                Some(ended) = self.pending.join_next() => match ended {
-                    Ok(undecided) => batch = undecided,
-                    // Nobody aborts attempts: it is a panic, and a lane does not outlive those of its parts.
-                    Err(error) => std::panic::resume_unwind(error.into_panic()),
-                },
-                taken = queue.recv_many(&mut batch, self.max_batch),
-                    if !drained && self.pending.len() < MAX_PENDING => drained = taken == 0,
                 () = stop.cancelled(), if !stopping => {
                     stopping = true;
                     queue.close();
                 }
+                Some(ended) = self.pending.join_next() => match ended {
+                    Ok(Beside::Attempt(undecided)) => self.attempt_later(undecided),
+                    Ok(Beside::Pause(waiting)) => self.keep(waiting),
+                    // Nobody aborts them: it is a panic, and a lane does not outlive those of its parts.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
+                },
+                at = until(self.held.next_expiry()), if !self.held.is_empty() => self.held.answer_late(at),
+                () = std::future::ready(()), if may_attempt && !self.held.is_empty() => {
+                    batch = self.held.take(self.max_batch);
+                }
+                taken = queue.recv_many(&mut batch, self.max_batch), if takes_in && !drained => {
+                    drained = taken == 0;
+                    number(&mut self.next_turn, &mut batch);
+                }
+                () = self.route.changed(), if keeps => {}
+                () = tokio::time::sleep(RECHECK), if keeps => {}
             }
             if batch.is_empty() {
+                continue;
+            }
+            if let Now::Keep(keeper) = now {
+                self.take_in(batch.drain(..), keeper);
                 continue;
             }
             self.gather(&mut queue, &mut batch).await;
             self.metrics.waiting.set(i64::try_from(queue.len()).unwrap_or(i64::MAX));
             if is_one_sale(&batch) {
-                self.decide(&mut batch).await;
+                let sale = std::mem::replace(&mut batch, Vec::with_capacity(self.max_batch));
+                self.decide(sale, &mut queue).await;
             } else {
-                for mut sale in by_sale(batch.drain(..)) {
-                    self.decide(&mut sale).await;
+                for sale in by_sale(batch.drain(..)) {
+                    self.decide(sale, &mut queue).await;
                 }
+            }
+        }
+    }
+
+    /// What may be done now. A shift that has begun holds what is kept already, too.
+    fn look(&mut self) -> Now {
+        let keeper = match self.route.gate() {
+            Gate::Open => {
+                self.shifting = false;
+                return if self.pending.len() < MAX_PENDING { Now::Attempt } else { Now::Full };
+            }
+            Gate::Full => {
+                self.shifting = false;
+                return Now::Full;
+            }
+            Gate::Shifting => Keeper::Shift,
+            // The new master is being admitted: for the buyers that is the same wait.
+            Gate::Coming if self.shifting => Keeper::Shift,
+            Gate::Coming | Gate::Closed => Keeper::Authority,
+        };
+        if keeper == Keeper::Shift && !std::mem::replace(&mut self.shifting, true) {
+            self.held.shift_begins();
+        }
+        Now::Keep(keeper)
+    }
+
+    /// Keeps purchases that have just come.
+    fn take_in(&mut self, waiting: impl Iterator<Item = Waiting>, keeper: Keeper) {
+        let moving = self.route.is_shifting();
+        for waiting in waiting {
+            match waiting.sent_on {
+                Some(_) if moving => waiting.refuse(PurchaseError::Shifting),
+                Some(_) => self.held.take_in(waiting, Keeper::Authority),
+                None => self.held.take_in(waiting, keeper),
+            }
+        }
+    }
+
+    /// Keeps purchases that were attempted before: they are next, in their turn.
+    fn keep(&mut self, waiting: Vec<Waiting>) {
+        let moving = self.route.is_shifting();
+        let keeper = match self.look() {
+            Now::Keep(keeper) => keeper,
+            Now::Attempt | Now::Full => Keeper::Authority,
+        };
+        for waiting in waiting {
+            match waiting.sent_on {
+                Some(_) if moving => waiting.refuse(PurchaseError::Shifting),
+                Some(_) => self.held.keep(waiting, Keeper::Authority),
+                None => self.held.keep(waiting, keeper),
+            }
+        }
+    }
+
+    /// An attempt came to nothing. What is in its way will be told, or is waited for a little.
+    fn attempt_later(&mut self, undecided: Vec<Waiting>) {
+        if undecided.is_empty() {
+            return;
+        }
+        match self.look() {
+            Now::Keep(_) => self.keep(undecided),
+            Now::Attempt | Now::Full => {
+                let mut changes = self.route.changes();
+                self.pending.spawn(async move {
+                    let _ = tokio::time::timeout(RETRY_PAUSE, changes.next()).await;
+                    Beside::Pause(undecided)
+                });
             }
         }
     }
@@ -238,10 +322,11 @@ impl Lane {
     /// Lets every other task that could run go first, and takes the purchases that they bring, until a pass
     /// brings none. There is nothing to wait for on an idle service, and on a busy one the call that is shared
     /// by more costs each of them less.
-    async fn gather(&self, queue: &mut mpsc::Receiver<Waiting>, batch: &mut Vec<Waiting>) {
+    async fn gather(&mut self, queue: &mut mpsc::Receiver<Waiting>, batch: &mut Vec<Waiting>) {
+        let before = batch.len();
         for _ in 0..GATHER_PASSES {
             if batch.len() >= self.max_batch {
-                return;
+                break;
             }
             tokio::task::yield_now().await;
             if queue.is_empty() {
@@ -249,41 +334,73 @@ impl Lane {
             }
             queue.recv_many(batch, self.max_batch - batch.len()).await;
         }
-        if batch.len() < FULL_ENOUGH && self.route.pays_round_trip() {
+        if batch.len() < FULL_ENOUGH.min(self.max_batch) && self.route.pays_round_trip() {
             let until = Instant::now() + SHORT_WAIT;
             let more = async {
                 // A closed queue brings no more.
-                while batch.len() < FULL_ENOUGH
+                while batch.len() < FULL_ENOUGH.min(self.max_batch)
                     && queue.recv_many(batch, self.max_batch - batch.len()).await > 0
                 {}
             };
             // What `recv_many` took is in the batch, whenever it is dropped.
             let _ = tokio::time::timeout_at(until, more).await;
         }
+        number(&mut self.next_turn, &mut batch[before..]);
     }
 
-    /// Has purchases of one sale decided. What goes on by itself, or has to be attempted again, comes back as a
-    /// batch that was pending: the lane goes on meanwhile, because others need not wait for the same reason.
-    async fn decide(&mut self, batch: &mut Vec<Waiting>) {
-        self.drop_late(batch);
-        let Some(first) = batch.first() else { return };
-        let sale = first.purchase.sale_id.clone();
-        let deadline = batch.iter().map(|waiting| waiting.deadline).max().unwrap_or(first.deadline);
-        let entries = batch.iter().map(Waiting::entry).collect();
-        match self.route.attempt(&sale, entries, deadline).await {
-            Attempt::Done(verdicts) => {
-                answer(batch, verdicts);
-                if !batch.is_empty() {
-                    let mut held = std::mem::take(batch);
-                    self.pending.spawn(async move {
-                        hold(&mut held).await;
-                        held
-                    });
+    /// Has purchases of one sale decided. What goes on by itself, or has to be attempted again, comes back from
+    /// beside the lane, which goes on meanwhile, because others need not wait for the same reason.
+    async fn decide(&mut self, mut waiting: Vec<Waiting>, queue: &mut mpsc::Receiver<Waiting>) {
+        self.send_back(&mut waiting);
+        self.drop_late(&mut waiting);
+        let Some(sale) = waiting.first().map(|first| first.purchase.sale_id.clone()) else { return };
+        let Some(mut batch) = Batch::new(waiting) else { return };
+        let attempt = {
+            let Lane { route, held, next_turn, queue_len, max_batch, .. } = self;
+            let mut attempt = pin!(route.attempt(&sale, batch.entries(), batch.latest()));
+            let slow_at = Instant::now() + SLOW;
+            let (mut slow, mut ended, mut newcomers) = (false, false, Vec::new());
+            loop {
+                let look_at = if slow { None } else { Some(slow_at) };
+                let next = held.next_expiry().into_iter().chain(batch.earliest()).chain(look_at).min();
+                tokio::select! {
+                    biased;
+                    attempt = &mut attempt => break attempt,
+                    at = until(next) => {
+                        slow = slow || at >= slow_at;
+                        let late = PurchaseError::MasterUnreachable { executed: Executed::Unknown };
+                        batch.answer_late(at, &late);
+                        held.answer_late(at);
+                    }
+                    taken = queue.recv_many(&mut newcomers, *max_batch),
+                        if slow && !ended && held.len() < *queue_len =>
+                    {
+                        ended = taken == 0;
+                        number(next_turn, &mut newcomers);
+                        newcomers.drain(..).for_each(|waiting| held.take_in(waiting, Keeper::Authority));
+                    }
                 }
             }
-            Attempt::Pending { rest, late } => {
-                self.pending.spawn(see_through(std::mem::take(batch), rest, late));
+        };
+        match attempt {
+            Attempt::Done(verdicts) => {
+                let undecided = batch.answer(verdicts);
+                self.attempt_later(undecided);
             }
+            Attempt::Pending { rest, late } => {
+                self.pending.spawn(see_through(batch, rest, late));
+            }
+        }
+    }
+
+    /// What another center sent on for an epoch that has passed is its own to send to the master of this one.
+    fn send_back(&self, batch: &mut Vec<Waiting>) {
+        if batch.iter().all(|waiting| waiting.sent_on.is_none()) {
+            return;
+        }
+        let epoch = self.route.epoch();
+        for waiting in batch.extract_if(.., |waiting| waiting.sent_on.is_some_and(|at| at != epoch)) {
+            waiting.refuse(PurchaseError::Shifting);
         }
     }
 
@@ -291,81 +408,47 @@ impl Lane {
     /// late: that would only make an outcome unknown that is known. What may have been sent is unknown instead.
     fn drop_late(&self, batch: &mut Vec<Waiting>) {
         let until = Instant::now() + self.route.least();
-        if batch.iter().all(|waiting| waiting.deadline > until) {
-            return;
-        }
-        let (late, on_time): (Vec<Waiting>, _) =
-            batch.drain(..).partition(|waiting| waiting.deadline <= until);
-        *batch = on_time;
-        for waiting in late {
-            let why = waiting.held.clone().unwrap_or_else(|| {
+        for waiting in batch.extract_if(.., |waiting| waiting.deadline <= until) {
+            if waiting.why.is_none() {
                 self.metrics.overloaded.inc();
-                PurchaseError::Overloaded
-            });
-            waiting.refuse(why);
+            }
+            waiting.give_up();
         }
     }
 }
 
-/// Waits for the end of an attempt. Whatever reaches its deadline before is answered then: it was sent, so
-/// nobody knows. Gives back what has to be attempted again.
+/// Gives each its turn.
+fn number(next_turn: &mut u64, batch: &mut [Waiting]) {
+    for waiting in batch {
+        waiting.turn = *next_turn;
+        *next_turn += 1;
+    }
+}
+
+/// Sleeps until then and says when that was; for ever if there is no such time.
+async fn until(at: Option<Instant>) -> Instant {
+    match at {
+        Some(at) => {
+            tokio::time::sleep_until(at).await;
+            Instant::now()
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// Waits for the end of an attempt, and answers those whose deadline comes before.
 async fn see_through(
-    mut batch: Vec<Waiting>,
+    mut batch: Batch,
     mut rest: BoxFuture<'static, Vec<Verdict>>,
     late: PurchaseError,
-) -> Vec<Waiting> {
-    let deadline = batch.iter().map(|waiting| waiting.deadline).max().unwrap_or_else(Instant::now);
-    match tokio::time::timeout_at(deadline, &mut rest).await {
-        Ok(verdicts) => {
-            answer(&mut batch, verdicts);
-            if !batch.is_empty() {
-                hold(&mut batch).await;
-            }
-            batch
-        }
-        Err(_) => {
-            batch.into_iter().for_each(|waiting| waiting.refuse(late.clone()));
-            Vec::new()
+) -> Beside {
+    while let Some(earliest) = batch.earliest() {
+        match tokio::time::timeout_at(earliest, &mut rest).await {
+            Ok(verdicts) => return Beside::Attempt(batch.answer(verdicts)),
+            Err(_) => batch.answer_late(Instant::now(), &late),
         }
     }
-}
-
-/// Answers what was decided; the others stay, with what they are answered should their deadline pass.
-fn answer(batch: &mut Vec<Waiting>, verdicts: Vec<Verdict>) {
-    debug_assert_eq!(batch.len(), verdicts.len(), "a verdict for each purchase");
-    let mut undecided = Vec::new();
-    for (mut waiting, verdict) in batch.drain(..).zip(verdicts) {
-        match verdict {
-            Verdict::Accepted(order_id) => waiting.accept(order_id, false),
-            // An attempt of ours whose reply was lost is no replay to the client.
-            Verdict::Replay(order_id) => {
-                let replayed = waiting.doubt.is_none();
-                waiting.accept(order_id, replayed);
-            }
-            Verdict::Refused(error) => waiting.settle(Err(error)),
-            Verdict::GivenUp(error) => waiting.refuse(error),
-            Verdict::NotExecuted(error) => {
-                waiting.held = Some(error);
-                undecided.push(waiting);
-            }
-            Verdict::Unknown(error) => {
-                waiting.doubt = Some(error);
-                undecided.push(waiting);
-            }
-        }
-    }
-    *batch = undecided;
-}
-
-/// Keeps purchases that cannot be decided now until something may have changed. Those whose deadline passes
-/// meanwhile hear why.
-async fn hold(batch: &mut Vec<Waiting>) {
-    tokio::time::sleep(RETRY_PAUSE).await;
-    let now = Instant::now();
-    for waiting in batch.extract_if(.., |waiting| waiting.deadline <= now) {
-        let why = waiting.held.clone().unwrap_or(PurchaseError::Overloaded);
-        waiting.refuse(why);
-    }
+    Beside::Attempt(Vec::new())
 }
 
 fn is_one_sale(batch: &[Waiting]) -> bool {

@@ -19,7 +19,7 @@ use std::sync::Arc;
 
 use redis::aio::MultiplexedConnection;
 use seckill_domain::SaleId;
-use seckill_ledger::{Error, Executed, ReserveEntry, ReserveOutcome, ReserveReply, reserve};
+use seckill_ledger::{Error, Executed, Refusal, ReserveEntry, ReserveOutcome, ReserveReply, reserve};
 
 use super::PARTITION;
 use super::barrier::{Barrier, Unconfirmed};
@@ -69,7 +69,13 @@ impl Local {
                 self.authority.suspect();
                 tracing::debug!(%error, %sale, entries = entries.len(), "a batch was not decided");
                 let executed = error.executed();
-                let late = PurchaseError::MasterUnreachable { executed };
+                let late = match &error {
+                    // Another epoch than the one that this service knows: it will hear of it.
+                    Error::Refused(Refusal::StaleEpoch { .. } | Refusal::FutureEpoch { .. }) => {
+                        PurchaseError::NoAuthority(error.to_string().into())
+                    }
+                    _ => PurchaseError::MasterUnreachable { executed },
+                };
                 let verdict = match executed {
                     Executed::No => Verdict::NotExecuted(late),
                     Executed::Unknown => {

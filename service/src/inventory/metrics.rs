@@ -35,6 +35,22 @@ pub struct BarrierMetrics {
     pub unknown: Counter,
 }
 
+/// A histogram from 5 ms to 10 s: a shift holds purchases for some round trips, or until it may no longer.
+#[derive(Debug)]
+pub struct HeldSeconds(Histogram);
+
+impl HeldSeconds {
+    pub(super) fn observe(&self, seconds: f64) {
+        self.0.observe(seconds);
+    }
+}
+
+impl Default for HeldSeconds {
+    fn default() -> Self {
+        HeldSeconds(Histogram::new(exponential_buckets(0.005, 2.0, 12)))
+    }
+}
+
 /// Counters, gauges and histograms of the inventory.
 #[derive(Debug, Default)]
 pub struct InventoryMetrics {
@@ -50,6 +66,14 @@ pub struct InventoryMetrics {
     pub marker_hits: Counter,
     /// Purchases that wait in a lane.
     pub waiting: Gauge,
+    /// Purchases that are held because the master moves.
+    pub held: Gauge,
+    /// How often a purchase was held.
+    pub held_total: Counter,
+    /// For how long, until it was attempted again or turned away, seconds.
+    pub held_seconds: HeldSeconds,
+    /// Purchases turned away because they were held for too long, or too many were.
+    pub shifting: Counter,
     /// The barrier that the lanes share.
     pub barrier: Arc<BarrierMetrics>,
     /// Snapshots that failed.
@@ -77,6 +101,26 @@ impl InventoryMetrics {
             "sold_out_marker_hits",
             "Purchases answered by a sold-out marker",
             self.marker_hits.clone(),
+        );
+        registry.register(
+            "lane_held_purchases",
+            "Purchases held because the master moves",
+            self.held.clone(),
+        );
+        registry.register(
+            "purchases_held",
+            "Purchases held because the master moved",
+            self.held_total.clone(),
+        );
+        registry.register(
+            "purchase_held_seconds",
+            "How long a shift held purchases",
+            self.held_seconds.0.clone(),
+        );
+        registry.register(
+            "purchases_shifting",
+            "Purchases that a shift would have held for too long, or beside too many others",
+            self.shifting.clone(),
         );
         registry.register("lane_waiting_purchases", "Purchases waiting in lanes", self.waiting.clone());
         registry.register(

@@ -7,6 +7,7 @@
 mod barrier;
 mod connection;
 mod error;
+mod held;
 mod lane;
 mod local;
 mod metrics;
@@ -18,6 +19,7 @@ mod snapshot;
 mod sold_out;
 #[cfg(test)]
 mod tests;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +39,7 @@ pub use snapshot::{SaleView, SalesView};
 
 use crate::config::{InventoryConfig, LedgerConfig};
 use crate::cross_center::CrossCenter;
-use crate::topology::{Authority, NoAuthority, TopologyHandle};
+use crate::topology::{Authority, TopologyHandle};
 
 /// The one inventory partition that exists for now.
 const PARTITION: u8 = 0;
@@ -82,6 +84,8 @@ struct Inner {
     topology: TopologyHandle,
     authority: Authority,
     metrics: Arc<InventoryMetrics>,
+    /// How long a shift may hold up a purchase or a change.
+    hold: Duration,
     retry_window_ms: u64,
 }
 
@@ -130,23 +134,23 @@ impl Inventory {
             (stop, fatal),
         );
         let barrier = Barrier::start(&target, &parts.authority, &metrics.barrier, tracker, fatal);
-        let route = || route::Route {
-            authority: parts.authority.clone(),
-            remote: parts.cross.clone().map(|cross| {
+        let route = || {
+            let remote = parts.cross.clone().map(|cross| {
                 remote::Remote::new(
                     cross,
                     Duration::from_millis(parts.ledger.response_timeout_ms),
                     Arc::clone(&sold_out),
                     Arc::clone(&metrics),
                 )
-            }),
-            local: local::Local::new(
+            });
+            let local = local::Local::new(
                 target.clone(),
                 barrier.clone(),
                 parts.authority.clone(),
                 Arc::clone(&sold_out),
                 Arc::clone(&metrics),
-            ),
+            );
+            route::Route::new(parts.topology.clone(), parts.authority.clone(), local, remote)
         };
         let lanes =
             lane::Lanes::start(parts.inventory, &parts.topology, &metrics, route, tracker, (stop, fatal));
@@ -160,6 +164,7 @@ impl Inventory {
             topology: parts.topology.clone(),
             authority: parts.authority.clone(),
             metrics,
+            hold: Duration::from_millis(parts.inventory.hold_ms),
             retry_window_ms: parts.retry_window_ms,
         })))
     }
@@ -186,8 +191,7 @@ impl Inventory {
 
     /// Looks for an accepted order that may not be stored yet.
     pub async fn find_queued(&self, order_id: OrderId) -> Result<Option<OrderRecord>, Unavailable> {
-        let refused = |refusal: NoAuthority| Unavailable::NoAuthority(refusal.reason);
-        let expected = self.0.authority.confirmed().map_err(refused)?;
+        let expected = self.0.authority.confirmed()?;
         let grant = self.0.authority.grant();
         let mut conn = self.0.pool.get().await?;
         let Some(found) =
@@ -200,7 +204,7 @@ impl Inventory {
             return Err(Unavailable::NoAuthority("the ledger is not at the topology's fence".into()));
         }
         match &found.role {
-            Role::Master { .. } => self.write_of(grant.map_err(refused)?, conn).await?.counted().await?,
+            Role::Master { .. } => self.write_of(grant?, conn).await?.counted().await?,
             Role::Replica { link, .. } if link == "connected" => {}
             Role::Replica { .. } => {
                 return Err(Unavailable::NoAuthority("the replica is not linked to its master".into()));

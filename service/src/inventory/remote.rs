@@ -60,7 +60,13 @@ impl Remote {
         self.way * 2
     }
 
-    /// Sends the batch as soon as there is a place for it; the answer is waited for beside the lane.
+    /// Whether another batch may be sent now.
+    pub(super) fn has_place(&self) -> bool {
+        self.places.available_permits() > 0
+    }
+
+    /// Sends the batch; the answer is waited for beside the lane. Where a batch falls apart into several sales there
+    /// may be no place for the last of them yet.
     pub(super) async fn attempt(
         &self,
         sale: &SaleId,
@@ -143,6 +149,7 @@ fn verdict(outcome: ReserveOutcome) -> Verdict {
         ReserveOutcome::NoAuthority(reason) => {
             Verdict::NotExecuted(PurchaseError::NoAuthority(reason.into()))
         }
+        ReserveOutcome::Shifting => Verdict::NotExecuted(PurchaseError::Shifting),
         ReserveOutcome::LedgerFull => Verdict::GivenUp(PurchaseError::LedgerFull),
         ReserveOutcome::NotExecuted => {
             Verdict::NotExecuted(PurchaseError::MasterUnreachable { executed: Executed::No })

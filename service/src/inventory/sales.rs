@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::Inventory;
 use super::barrier::{Barrier, Unconfirmed};
 use super::error::{SaleError, Unavailable};
-use crate::topology::{Acknowledge, Grant};
+use crate::topology::{Acknowledge, Cause, Grant};
 
 /// A sale that is on offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,9 +173,41 @@ impl Inventory {
         Ok(seckill_ledger::read::sale(&mut conn, id).await?)
     }
 
+    /// Waits while the master moves, as long as a purchase would be held, and until this center, where it is the new
+    /// master, may write. Whoever changes something asks this first, and then which center is the master.
+    pub async fn settled(&self) -> Result<(), Unavailable> {
+        let (mut topology, mut authority) = (self.0.topology.subscribe(), self.0.authority.subscribe());
+        let until = tokio::time::Instant::now() + self.0.hold;
+        loop {
+            let recorded = topology.borrow_and_update().master_shift().is_some();
+            authority.borrow_and_update();
+            let moving = match self.0.authority.grant() {
+                Ok(_) => recorded,
+                Err(refusal) => recorded || matches!(refusal.cause, Cause::Shifting | Cause::Promoting),
+            };
+            if !moving {
+                return Ok(());
+            }
+            let changed = async {
+                tokio::select! {
+                    changed = topology.changed() => changed,
+                    changed = authority.changed() => changed,
+                }
+            };
+            match tokio::time::timeout_at(until, changed).await {
+                Ok(Ok(())) => {}
+                // The service is ending.
+                Ok(Err(_)) => return Err(Unavailable::Shifting),
+                Err(_) if recorded => return Err(Unavailable::Shifting),
+                // The authority says why, where it is asked.
+                Err(_) => return Ok(()),
+            }
+        }
+    }
+
     /// Takes the permission, and a connection that it holds for.
     pub(super) async fn begin(&self) -> Result<Write, Unavailable> {
-        let grant = self.0.authority.grant().map_err(|refusal| Unavailable::NoAuthority(refusal.reason))?;
+        let grant = self.0.authority.grant()?;
         self.write_of(grant, self.conn().await?).await
     }
 

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use seckill_domain::SaleId;
+use seckill_domain::{Epoch, SaleId};
 use seckill_ledger::{Executed, ReleaseEntry};
 use tokio::time::Instant;
 
 use super::error::{PurchaseError, Unavailable};
-use super::lane::Home;
+use super::waiting::Home;
 use super::{Accepted, Inventory, Purchase};
 use crate::cross_center::calls::{
     ReleaseAnswer, ReleaseOutcome, ReserveAnswer, ReserveCall, ReserveLine, ReserveOutcome, SoldOutMark,
@@ -16,8 +16,9 @@ use crate::cross_center::calls::{
 
 impl Inventory {
     /// Decides purchases that reached another center, in the lanes that this center's own go through. Whoever
-    /// drops the future loses the answer and nothing else.
-    pub async fn decide_for_others(&self, call: ReserveCall) -> ReserveAnswer {
+    /// drops the future loses the answer and nothing else. They are decided at this epoch, the caller's, or not at
+    /// all: what finds another one, or the master about to move, goes back undone.
+    pub async fn decide_for_others(&self, epoch: Epoch, call: ReserveCall) -> ReserveAnswer {
         let ReserveCall { sale_id, deadline_ms, entries } = call;
         let lanes = &self.0.lanes;
         let deadline = Instant::now() + Duration::from_millis(deadline_ms).min(lanes.deadline());
@@ -33,7 +34,7 @@ impl Inventory {
             // The number goes into the order id; the caller, whose buyers they are, knows it best.
             let home = topology.centers.iter().find(|(_, center)| center.number == number);
             let center = home.map_or_else(|| topology.master.clone(), |(id, _)| id.clone());
-            waiting.push(lanes.put(purchase, Home { center, number }, deadline));
+            waiting.push(lanes.put(purchase, Home { center, number }, deadline, Some(epoch)));
         }
         let mut outcomes = Vec::with_capacity(waiting.len());
         for answer in waiting {
@@ -89,6 +90,7 @@ fn outcome(decided: Result<Accepted, PurchaseError>) -> ReserveOutcome {
             PurchaseError::KeyReused => ReserveOutcome::KeyReused,
             PurchaseError::Overloaded => ReserveOutcome::Overloaded,
             PurchaseError::NoAuthority(reason) => ReserveOutcome::NoAuthority(reason.to_string()),
+            PurchaseError::Shifting => ReserveOutcome::Shifting,
             PurchaseError::LedgerFull => ReserveOutcome::LedgerFull,
             PurchaseError::NotReplicated => ReserveOutcome::NotReplicated,
             PurchaseError::MasterUnreachable { executed: Executed::No } => ReserveOutcome::NotExecuted,

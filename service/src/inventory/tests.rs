@@ -1,5 +1,7 @@
 //! Acknowledging on pairs of real redis-servers: rules A2 and K1 to K4.
 
+mod shift;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
