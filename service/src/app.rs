@@ -29,7 +29,7 @@ use crate::orders::{
     KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Queue, StoreOptions, WorkerOptions,
     Workers,
 };
-use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess};
+use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess, ShiftOptions, Shifts};
 use crate::telemetry::Metrics;
 use crate::topology::{
     Authority, Cause, Center, Instance, Instances, Limits, Topology, TopologyHandle, new_ledger_id,
@@ -160,6 +160,20 @@ async fn serve(
         stop.clone(),
     )?;
     metrics.register(|registry| guardian.metrics().register(registry));
+    let shifts = Shifts::spawn(
+        ShiftOptions {
+            center: config.center.id.clone(),
+            instance: instance_id.clone(),
+            partition: PARTITION,
+            redis_url: redis_url.to_string(),
+            lease_ttl,
+        },
+        topology.clone(),
+        authority.clone(),
+        instances.clone(),
+        tracker,
+        stop.clone(),
+    )?;
     let sessions = Sessions::new(keys.clone(), instance_id);
     let (signs, caller) = (keys.own().is_some(), tls.caller);
     let cross = signs.then(|| CrossCenter::with_tls(caller, keys, topology.clone(), instances.clone()));
@@ -213,6 +227,7 @@ async fn serve(
         default_currency: config.sales.default_currency,
         auditor,
         guardian,
+        shifts,
         instances: instances.clone(),
         relay,
         readiness: readiness.clone(),

@@ -13,8 +13,12 @@ pub(super) enum Exit {
     Error,
     /// The service refused; nothing changed.
     Refused,
+    /// A shift was given up, and everything is as it was.
+    Aborted,
     /// The outcome is not known: it may have happened, or may still.
     Unknown,
+    /// A shift happened, and what was verified afterwards is not as it should be.
+    Unverified,
     /// What the audit found: 0 clean, 2 violation, 3 incomplete.
     Audit(u8),
 }
@@ -26,8 +30,9 @@ impl Exit {
             Exit::Done => 0,
             Exit::Error => 1,
             Exit::Refused => 2,
-            // 3 (aborted and rolled back) and 5 (done, verification failed) belong to shifts.
+            Exit::Aborted => 3,
             Exit::Unknown => 4,
+            Exit::Unverified => 5,
             Exit::Audit(code) => code,
         }
     }
@@ -50,6 +55,11 @@ impl Failure {
         Failure { exit: Exit::Error, message: message.to_string(), body: None }
     }
 
+    /// Nothing was changed.
+    pub(super) fn refused(message: impl fmt::Display) -> Failure {
+        Failure { exit: Exit::Refused, message: message.to_string(), body: None }
+    }
+
     /// Nobody knows whether it happened.
     pub(super) fn unknown(message: impl fmt::Display) -> Failure {
         Failure { exit: Exit::Unknown, message: message.to_string(), body: None }
@@ -60,7 +70,7 @@ impl Failure {
         let code = match self.exit {
             Exit::Refused => "refused",
             Exit::Unknown => "unknown",
-            Exit::Done | Exit::Error | Exit::Audit(_) => "error",
+            Exit::Done | Exit::Error | Exit::Aborted | Exit::Unverified | Exit::Audit(_) => "error",
         };
         json!({ "outcome": code, "message": self.message, "problem": self.body })
     }

@@ -9,10 +9,13 @@ mod check;
 mod client;
 mod dead_letter;
 mod exit;
+mod follow;
 mod ledger;
 mod output;
 mod sale;
 mod server;
+mod shift;
+mod shift_text;
 mod show;
 mod token;
 
@@ -69,9 +72,15 @@ enum Command {
     /// Show the topology
     #[command(subcommand)]
     Topology(show::TopologyCommand),
-    /// Show the master center
+    /// Show the master center, or move it to another one
     #[command(subcommand)]
     Master(show::MasterCommand),
+    /// Look at shifts, or give the running one up
+    #[command(subcommand)]
+    Shift(shift::ShiftCommand),
+    /// Move the home of shards to another center
+    #[command(subcommand)]
+    Shards(shift::ShardsCommand),
     /// Look at what could not be read and was set aside, and read it again
     #[command(subcommand)]
     DeadLetter(dead_letter::DeadLetterCommand),
@@ -117,6 +126,8 @@ async fn ask(command: Command, format: Format) -> exit::Outcome {
         Command::Sale(command) => sale::run(command, format).await,
         Command::Topology(command) => show::topology(command, format).await,
         Command::Master(command) => show::master(command, format).await,
+        Command::Shift(command) => shift::run(command, format).await,
+        Command::Shards(command) => shift::shards(command, format).await,
         Command::DeadLetter(command) => dead_letter::run(command, format).await,
         Command::Audit(args) => audit::run(args, format).await,
         Command::Up(_) | Command::Serve(_) | Command::Config(_) | Command::Token(_) => {

@@ -1,11 +1,15 @@
-//! `seckill topology show` and `seckill master show`.
+//! `seckill topology show` and `seckill master …`.
 
 use clap::Subcommand;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use super::client::{AdminClient, Call, ServiceArgs};
 use super::exit::{Exit, Failure, Outcome};
 use super::output::{Format, aligned, cell, print, print_json, print_object};
+use super::shift::MasterShiftArgs;
+use super::shift_text;
+use crate::topology::Shift;
 
 /// `seckill topology …`
 #[derive(Debug, Subcommand)]
@@ -25,6 +29,20 @@ pub(super) enum MasterCommand {
         #[command(flatten)]
         service: ServiceArgs,
     },
+    /// Move the master to another center while the sale runs
+    ///
+    /// Planned: purchases are held for a moment and none fails; any trouble before the decision leaves everything as
+    /// it was. Forced: for when the master center is gone. The shift runs in the service of the center that takes; a
+    /// terminal that is closed changes nothing.
+    #[command(after_help = "\
+Examples:
+  seckill master shift --to b --dry-run                check everything, change nothing
+  seckill master shift --to b --reason 'new racks'     shows the checks, then asks
+  seckill master shift --to b --mode forced --yes      a is gone; no question asked
+
+Exit codes: 0 done, 1 error, 2 refused and nothing changed, 3 aborted and everything as before, 4 unknown or still
+running, 5 done but the verification failed. docs/operations.md says what to do on each.")]
+    Shift(Box<MasterShiftArgs>),
 }
 
 /// Runs `seckill topology …`.
@@ -40,15 +58,37 @@ pub(super) async fn topology(command: TopologyCommand, format: Format) -> Outcom
 
 /// Runs `seckill master …`.
 pub(super) async fn master(command: MasterCommand, format: Format) -> Outcome {
-    let MasterCommand::Show { service } = command;
+    let service = match command {
+        MasterCommand::Show { service } => service,
+        MasterCommand::Shift(args) => return super::shift::master(*args, format).await,
+    };
     let topology = fetch(&service).await?;
     let fields = ["master", "epoch", "state", "durability", "in_sync", "restoring", "shift", "ledger_id"];
-    let picked: Map<String, Value> = fields
+    let mut picked: Map<String, Value> = fields
         .iter()
         .map(|name| ((*name).to_owned(), topology.get(*name).cloned().unwrap_or(Value::Null)))
         .collect();
+    picked.insert("last_shift".to_owned(), last_shift(&topology).cloned().unwrap_or(Value::Null));
+    if format == Format::Text {
+        for name in ["shift", "last_shift"] {
+            picked[name] = in_a_line(&picked[name]);
+        }
+    }
     print_object(format, &Value::Object(picked));
     Ok(Exit::Done)
+}
+
+/// The latest shift that is over.
+fn last_shift(topology: &Value) -> Option<&Value> {
+    topology.get("history")?.as_array()?.last()
+}
+
+/// A shift as one line of text; what is none stays as it is.
+fn in_a_line(shift: &Value) -> Value {
+    match Shift::deserialize(shift) {
+        Ok(shift) => shift_text::line(&shift).into(),
+        Err(_) => shift.clone(),
+    }
 }
 
 async fn fetch(service: &ServiceArgs) -> Result<Value, Failure> {
@@ -59,9 +99,14 @@ fn describe(topology: &Value) -> String {
     let Value::Object(fields) = topology else { return topology.to_string() };
     let mut rows = Vec::new();
     for (name, value) in fields {
-        if !matches!(name.as_str(), "centers" | "shard_owners" | "limits" | "instances") {
-            rows.push(vec![name.clone(), cell(value)]);
+        match name.as_str() {
+            "centers" | "shard_owners" | "limits" | "instances" | "history" => {}
+            "shift" => rows.push(vec![name.clone(), cell(&in_a_line(value))]),
+            _ => rows.push(vec![name.clone(), cell(value)]),
         }
+    }
+    if let Some(last) = last_shift(topology) {
+        rows.push(vec!["last_shift".to_owned(), cell(&in_a_line(last))]);
     }
     rows.push(vec!["shards".to_owned(), shards(topology)]);
     for (name, rate) in topology.get("limits").and_then(Value::as_object).into_iter().flatten() {

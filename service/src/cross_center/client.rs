@@ -152,6 +152,12 @@ impl CrossCenter {
         (topology.master != *self.center()).then(|| topology.master.clone())
     }
 
+    /// A center, if it is another one than this and the topology knows it.
+    pub fn other_center(&self, id: &CenterId) -> Option<CenterId> {
+        let known = self.0.topology.current().center(id).is_some();
+        (known && id != self.center()).then(|| id.clone())
+    }
+
     /// Another center that the users of a table are at home in; none if it is this one.
     pub fn other_home(&self, table: Table) -> Option<CenterId> {
         let topology = self.0.topology.current();

@@ -61,6 +61,10 @@ pub(super) fn add(routes: Routes<AdminState>) -> Routes<AdminState> {
         .post("/admin/v1/ledger/init", super::ledger::init)
         .post("/admin/v1/ledger/adopt", super::ledger::adopt)
         .get("/admin/v1/topology", topology)
+        .get("/admin/v1/shifts", super::shifts::list)
+        .post("/admin/v1/shifts", super::shifts::start)
+        .get("/admin/v1/shifts/{id}", super::shifts::get)
+        .post("/admin/v1/shifts/{id}/abort", super::shifts::abort)
         .add("PUT", MethodFilter::PUT, "/admin/v1/limits", set_limits)
 }
 

@@ -83,6 +83,20 @@ impl Call {
         segment.and_then(|text| text.parse().ok()).ok_or_else(|| Problem::new(Code::OrderNotFound))
     }
 
+    /// The shift that the path names. What is no text is the name of none.
+    pub(super) fn shift_id(&self, index: usize) -> Result<Cow<'_, str>, Problem> {
+        self.segment(index).ok_or_else(|| Problem::new(Code::ShiftNotFound))
+    }
+
+    /// The `Idempotency-Key` header, where it may be absent: its digest in hexadecimal digits.
+    pub(super) fn idempotency_key_if_any(&self) -> Result<Option<String>, Problem> {
+        if !self.parts.headers.contains_key(&IDEMPOTENCY_KEY) {
+            return Ok(None);
+        }
+        let digest = u128::from_be_bytes(*self.idempotency_key()?.digest());
+        Ok(Some(format!("{digest:032x}")))
+    }
+
     /// The `Idempotency-Key` header.
     pub(super) fn idempotency_key(&self) -> Result<IdempotencyKey, Problem> {
         let mut values = self.parts.headers.get_all(IDEMPOTENCY_KEY).iter();
@@ -104,6 +118,13 @@ impl Call {
     /// The body as JSON.
     pub(super) async fn json<T: DeserializeOwned>(&mut self) -> Result<T, Problem> {
         let bytes = self.bytes(MAX_BODY_BYTES).await?;
+        serde_json::from_slice(&bytes).map_err(|error| Problem::bad_request(error.to_string()))
+    }
+
+    /// The body as JSON, which stays in its place: the call may still be passed on.
+    pub(super) async fn peek<T: DeserializeOwned>(&mut self) -> Result<T, Problem> {
+        let bytes = self.bytes(MAX_BODY_BYTES).await?;
+        self.body = Body::from(bytes.clone());
         serde_json::from_slice(&bytes).map_err(|error| Problem::bad_request(error.to_string()))
     }
 

@@ -13,6 +13,7 @@ use serde_json::json;
 use super::AdminState;
 use super::call::{Call, private_json};
 use super::problem::Problem;
+use crate::topology::Shift;
 
 /// How long `/readyz` waits for the order database.
 const STORE_WITHIN: Duration = Duration::from_secs(1);
@@ -111,6 +112,8 @@ pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Respons
             "master": topology.master,
             "durability": topology.durability,
             "in_sync": topology.in_sync,
+            "shift": topology.shift.as_deref().map(in_short),
+            "last_shift": topology.history.last().map(in_short),
         },
         "degraded": topology.state == crate::topology::TopologyState::Degraded,
     }))?;
@@ -118,6 +121,22 @@ pub(super) async fn ready(state: Arc<AdminState>, _call: Call) -> Result<Respons
         *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
     }
     Ok(response)
+}
+
+/// What of a shift belongs into a probe's answer.
+fn in_short(shift: &Shift) -> serde_json::Value {
+    json!({
+        "id": shift.id,
+        "kind": shift.kind,
+        "mode": shift.mode,
+        "from": shift.from,
+        "to": shift.to,
+        "state": shift.state,
+        "phase": shift.phase,
+        "started_at": shift.started_at,
+        "ended_at": shift.ended_at,
+        "held_ms": shift.held_ms,
+    })
 }
 
 /// `GET /metrics`

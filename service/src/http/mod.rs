@@ -16,6 +16,7 @@ mod relay;
 mod route;
 mod sales;
 mod server;
+mod shifts;
 
 use std::sync::Arc;
 
@@ -36,7 +37,7 @@ pub use server::{ServeOptions, serve};
 use crate::admission::{ClientAddress, Limiter, Tickets, Tokens};
 use crate::inventory::Inventory;
 use crate::orders::{OrderCenters, OrderStore, Updates, Workers};
-use crate::shift::GuardianHandle;
+use crate::shift::{GuardianHandle, Shifts};
 use crate::telemetry::Metrics;
 use crate::topology::{Authority, Instances, TopologyHandle};
 use call::{Call, Measured, Routes};
@@ -101,6 +102,8 @@ pub struct AdminState {
     pub auditor: Auditor,
     /// Creates and adopts the ledger.
     pub guardian: GuardianHandle,
+    /// Moves the master and shards.
+    pub shifts: Shifts,
     /// The instances that are alive.
     pub instances: Instances,
     /// Passes on what the master center has to do.

@@ -13,9 +13,10 @@ use seckill_ledger::Executed;
 
 use crate::admission::{Limited, Unauthenticated};
 use crate::archive;
-use crate::cross_center::Refusal;
+use crate::cross_center;
 use crate::inventory::{PurchaseError, SaleError, Unavailable};
 use crate::orders;
+use crate::shift::{Refusal, ShiftError};
 use crate::topology::StoreError;
 
 const PROBLEM_JSON: HeaderValue = HeaderValue::from_static("application/problem+json");
@@ -71,6 +72,8 @@ codes! {
     SaleNotFound = "sale_not_found", 404, "There is no such sale";
     /// No such order, or somebody else's.
     OrderNotFound = "order_not_found", 404, "There is no such order";
+    /// No such shift, or one that is no longer remembered.
+    ShiftNotFound = "shift_not_found", 404, "There is no such shift";
     /// The path has other methods.
     MethodNotAllowed = "method_not_allowed", 405, "The method is not allowed here";
     /// Nothing is left.
@@ -103,6 +106,16 @@ codes! {
     LedgerExists = "ledger_exists", 409, "There is a ledger already";
     /// A bound of the ledger.
     BoundReached = "bound_reached", 409, "A bound is reached";
+    /// Something that was checked before a shift is not as it should be.
+    ShiftRefused = "shift_refused", 409, "The shift cannot begin";
+    /// One at a time.
+    ShiftRunning = "shift_running", 409, "Another shift is under way";
+    /// Too late to give it up.
+    ShiftDecided = "shift_decided", 409, "The shift is decided";
+    /// A forced shift may lose what was acknowledged.
+    LossNotAccepted = "loss_not_accepted", 409, "What may be lost was not accepted";
+    /// `expect_epoch` named another epoch.
+    EpochMismatch = "epoch_mismatch", 412, "The topology is at another epoch";
     /// `If-Match` named another version.
     VersionMismatch = "version_mismatch", 412, "The sale has another version";
     /// Body too long.
@@ -127,6 +140,8 @@ codes! {
     NotReplicated = "not_replicated", 503, "Not confirmed by the other center";
     /// No answer from the ledger.
     MasterUnreachable = "master_unreachable", 503, "The master center does not answer";
+    /// No answer from the center that has to act.
+    CenterUnreachable = "center_unreachable", 503, "The center does not answer";
     /// The ledger has no room.
     LedgerFull = "ledger_full", 503, "The ledger is full";
     /// The order database does not answer.
@@ -232,7 +247,7 @@ impl Problem {
         self
     }
 
-    fn member(mut self, name: &'static str, value: impl serde::Serialize) -> Problem {
+    pub(super) fn member(mut self, name: &'static str, value: impl serde::Serialize) -> Problem {
         if let Ok(json) = serde_json::to_string(&value) {
             self.more().members.push((name, json));
         }
@@ -309,7 +324,7 @@ impl Problem {
 }
 
 /// The answer to a request of another center that was refused. Nothing of it was executed.
-pub(super) fn refused(refusal: Refusal) -> Response {
+pub(super) fn refused(refusal: cross_center::Refusal) -> Response {
     let body = serde_json::json!({
         "type": format!("urn:seckill:problem:{}", refusal.code()),
         "title": "The request of the other center was refused",
@@ -479,6 +494,36 @@ impl From<archive::Error> for Problem {
             archive::Error::Orders(error @ orders::Untold::Other { .. }) => {
                 Problem::with_detail(Code::OrdersUnavailable, error.to_string()).executed(Executed::No)
             }
+        }
+    }
+}
+
+impl From<ShiftError> for Problem {
+    fn from(error: ShiftError) -> Self {
+        match error {
+            ShiftError::Refused { cause, reason, next, checks } => {
+                let code = match cause {
+                    Refusal::Unfit => Code::ShiftRefused,
+                    Refusal::Running => Code::ShiftRunning,
+                    Refusal::Epoch => Code::EpochMismatch,
+                    Refusal::Loss => Code::LossNotAccepted,
+                    Refusal::Decided => Code::ShiftDecided,
+                };
+                let problem =
+                    Problem::with_detail(code, format!("{reason}. Next: {next}")).member("next", next);
+                if checks.is_empty() { problem } else { problem.member("checks", checks) }
+            }
+            error @ ShiftError::Elsewhere { .. } => {
+                Problem::with_detail(Code::CenterUnreachable, error.to_string()).executed(Executed::No)
+            }
+            error @ ShiftError::NotFound { .. } => {
+                Problem::with_detail(Code::ShiftNotFound, error.to_string())
+            }
+            ShiftError::Unknown { key: _, reason } => {
+                let detail = format!("Whether the shift is recorded is not known yet: {reason}");
+                Problem::with_detail(Code::NoAuthority, detail).executed(Executed::Unknown)
+            }
+            ShiftError::Store(error) => error.into(),
         }
     }
 }

@@ -22,10 +22,16 @@ use crate::cross_center::{CallError, CrossCenter};
 pub(super) const RELAY: &str = "/internal/v1/relay";
 /// The audit of all sales; that of one ends with `/audit`, too.
 const AUDIT: &str = "/admin/v1/audit";
+/// Shifts are started by the center that takes.
+const SHIFTS: &str = "/admin/v1/shifts";
 /// Which center answered.
 pub(super) const SECKILL_HOME: HeaderName = HeaderName::from_static("seckill-home");
 /// How long an answer may take: a change of an order waits up to 3 s for it to be stored.
 const TIMEOUT: Duration = Duration::from_secs(6);
+/// How long the checks before a shift may take: each server that is gone is waited for.
+const SHIFT_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long the course of a shift may take to be told. Whoever does not hear it says what the topology says.
+const SHIFT_READ_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long an audit may take: a million orders take some ten seconds.
 const AUDIT_TIMEOUT: Duration = Duration::from_secs(600);
 /// Fields of a request that handlers look at.
@@ -85,6 +91,8 @@ impl Vouched {
                 path == "/admin/v1/sales"
                     || below("/admin/v1/sales/").is_some()
                     || (*method == Method::GET && (path == AUDIT || below("/admin/v1/orders/").is_some()))
+                    || (*method == Method::POST && path == SHIFTS)
+                    || below("/admin/v1/shifts/").is_some()
             }
         }
     }
@@ -142,6 +150,11 @@ impl Relay {
         self.0.as_ref()?.other_master()
     }
 
+    /// A center, if it is another one than this and the topology knows it.
+    pub(super) fn other_center(&self, id: &CenterId) -> Option<CenterId> {
+        self.0.as_ref()?.other_center(id)
+    }
+
     /// Has another center answer the request.
     pub(super) async fn forward(
         &self,
@@ -181,18 +194,36 @@ impl Relay {
         again: bool,
         call: RelayCall,
     ) -> Result<RelayAnswer, Problem> {
+        let shift = call.path.starts_with(SHIFTS);
         let code = match call.vouched {
             Vouched::User(_) | Vouched::Payments => Code::OrdersUnavailable,
+            Vouched::Admin(_) if shift => Code::CenterUnreachable,
             Vouched::Admin(_) => Code::MasterUnreachable,
         };
         let Some(cross) = self.0.as_ref().filter(|_| !again) else {
             return Err(Problem::with_detail(code, "The centers do not agree on who answers this")
                 .executed(Executed::No));
         };
-        let timeout = if call.path.ends_with("/audit") { AUDIT_TIMEOUT } else { TIMEOUT };
+        let timeout = match call.path.ends_with("/audit") {
+            true => AUDIT_TIMEOUT,
+            false if shift && call.method == "GET" => SHIFT_READ_TIMEOUT,
+            false if shift => SHIFT_TIMEOUT,
+            false => TIMEOUT,
+        };
         cross.call(to, RELAY, &call, timeout).await.map_err(|error: CallError| {
             tracing::warn!(center = %to, %error, "a request could not be passed on");
-            Problem::new(code).executed(error.executed())
+            match (shift, &error) {
+                (false, _) => Problem::new(code),
+                (true, CallError::NotExecuted(why)) => Problem::with_detail(
+                    code,
+                    format!("Nothing was changed: center {to} has to act and does not take the call ({why}). Start its service, or ask its own admin listener"),
+                ),
+                (true, CallError::Unknown(why)) => Problem::with_detail(
+                    code,
+                    format!("Center {to} has to act and did not answer ({why}). The same call with the same key is safe"),
+                ),
+            }
+            .executed(error.executed())
         })
     }
 }
@@ -224,6 +255,12 @@ mod tests {
             (&admin, Method::GET, "/admin/v1/sales/s/audit".to_owned(), true),
             (&admin, Method::GET, "/admin/v1/audit".to_owned(), true),
             (&user, Method::GET, "/admin/v1/audit".to_owned(), false),
+            (&admin, Method::POST, "/admin/v1/shifts".to_owned(), true),
+            (&admin, Method::GET, "/admin/v1/shifts".to_owned(), false),
+            (&admin, Method::GET, "/admin/v1/shifts/shift-2".to_owned(), true),
+            (&admin, Method::POST, "/admin/v1/shifts/shift-2/abort".to_owned(), true),
+            (&user, Method::POST, "/admin/v1/shifts".to_owned(), false),
+            (&Vouched::Payments, Method::POST, "/admin/v1/shifts".to_owned(), false),
             (&admin, Method::POST, "/admin/v1/ledger/adopt".to_owned(), false),
             (&admin, Method::PUT, "/admin/v1/limits".to_owned(), false),
         ] {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use redis::aio::MultiplexedConnection;
 use seckill_ledger::{Fence, handover};
 
-use super::operation::{Shared, ShiftError};
+use super::operation::{Refusal, Shared, ShiftError};
 use super::precheck::{Survey, connect};
 use super::record::{self, Aborted, Replaced};
 use crate::topology::{
@@ -304,6 +304,7 @@ pub(super) fn decided(shift: &Shift) -> ShiftError {
         format!("the shift {} is decided: from here there is only forward", shift.id),
         format!("wait until it is over, then shift back with `seckill master shift --to {}`", shift.from),
     )
+    .of(Refusal::Decided)
 }
 
 /// Whether a step's checks let it pass.

@@ -28,7 +28,7 @@ mod verify;
 
 pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, ServerProcess};
 pub use ledger::{InitError, Ledger, LedgerError};
-pub use operation::{ShiftError, ShiftOptions, ShiftRequest, Shifts};
+pub use operation::{Refusal, ShiftError, ShiftOptions, ShiftRequest, Shifts};
 pub use reclaim::{AdoptReport, PaidWithoutClaim, Recovery};
 pub use status::{GuardianMetrics, Replication, ServerState};
 pub use verdict::InitPolicy;

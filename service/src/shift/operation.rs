@@ -63,6 +63,8 @@ pub enum ShiftError {
     /// Nothing was changed.
     #[error("{reason}")]
     Refused {
+        /// What kind of refusal it is.
+        cause: Refusal,
         /// Why.
         reason: String,
         /// What to do about it.
@@ -97,8 +99,38 @@ pub enum ShiftError {
 
 impl ShiftError {
     pub(super) fn refused(reason: impl Into<String>, next: impl Into<String>) -> ShiftError {
-        ShiftError::Refused { reason: reason.into(), next: next.into(), checks: Vec::new() }
+        ShiftError::Refused {
+            cause: Refusal::Unfit,
+            reason: reason.into(),
+            next: next.into(),
+            checks: Vec::new(),
+        }
     }
+
+    /// The same refusal, of another kind.
+    pub(super) fn of(self, cause: Refusal) -> ShiftError {
+        match self {
+            ShiftError::Refused { cause: _, reason, next, checks } => {
+                ShiftError::Refused { cause, reason, next, checks }
+            }
+            other => other,
+        }
+    }
+}
+
+/// What kind of refusal it is: callers tell them apart by this.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// Something is not as a shift needs it, or the request makes no sense.
+    Unfit,
+    /// Another shift is under way.
+    Running,
+    /// The topology is at another epoch than was expected.
+    Epoch,
+    /// A forced shift may lose what was acknowledged, and that was not accepted.
+    Loss,
+    /// It is decided or over: it cannot be given up any more.
+    Decided,
 }
 
 /// Where shifts run.
@@ -239,7 +271,8 @@ impl Shifts {
                 return Err(ShiftError::refused(
                     format!("the shift {id} is over"),
                     format!("look at `seckill shift status {id}`; to move the master back, shift it again"),
-                ));
+                )
+                .of(Refusal::Decided));
             }
             (ShiftKind::Shards, _) => {
                 return Err(ShiftError::refused(
@@ -343,6 +376,7 @@ async fn prepare(
     if let Some(first) = failed.first() {
         let names: Vec<&str> = failed.iter().map(|check| check.name.as_str()).collect();
         return Err(ShiftError::Refused {
+            cause: if names == ["exposure"] { Refusal::Loss } else { Refusal::Unfit },
             reason: format!(
                 "{} of {} checks failed: {} ({}: {}, allowed {})",
                 failed.len(),

@@ -7,7 +7,7 @@ use seckill_ledger::Fence;
 use seckill_ledger::roles::Standing;
 use serde_json::Map;
 
-use super::operation::{Shared, ShiftError, ShiftRequest};
+use super::operation::{Refusal, Shared, ShiftError, ShiftRequest};
 use super::precheck::Survey;
 use crate::topology::{
     Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Shift, ShiftMode, ShiftPhase,
@@ -150,6 +150,7 @@ impl Plan {
             && !request.accept_loss
         {
             return Err(ShiftError::Refused {
+                cause: Refusal::Loss,
                 reason: format!("purchases that were acknowledged may be missing: {}", exposure.reason),
                 next: "add --accept-loss to go on without them, or bring the master's Redis back".to_owned(),
                 checks: self.step.checks.clone(),
@@ -202,7 +203,8 @@ pub(super) fn refuse_wrong_use(topology: &Topology, request: &ShiftRequest) -> R
                 running.id, running.to, running.actor
             ),
             format!("follow it with `seckill shift status {}`, or abort it", running.id),
-        ));
+        )
+        .of(Refusal::Running));
     }
     if !topology.centers.contains_key(to) {
         let known: Vec<&str> = topology.centers.keys().map(|center| center.as_str()).collect();
@@ -217,7 +219,8 @@ pub(super) fn refuse_wrong_use(topology: &Topology, request: &ShiftRequest) -> R
         return Err(ShiftError::refused(
             format!("the topology is at epoch {}, not at {expected}", topology.epoch),
             "look at `seckill topology show` and ask again with that epoch, if it still makes sense",
-        ));
+        )
+        .of(Refusal::Epoch));
     }
     if topology.master == *to {
         return Err(ShiftError::refused(

@@ -21,7 +21,7 @@ const BOUNDS_S: [f64; 14] =
 /// Routes that can be told apart; the routers have fewer.
 const MAX_ROUTES: usize = 80;
 /// Outcomes of purchases that can be told apart.
-const MAX_OUTCOMES: usize = 48;
+const MAX_OUTCOMES: usize = 64;
 
 /// A registry of metrics; every name gets the prefix `seckill_`.
 pub struct Metrics {

@@ -154,6 +154,22 @@ impl Shop {
             relay: super::super::Relay::default(),
             shutdown: shutdown.clone(),
         });
+        let instances = crate::topology::Instances::fixed(Vec::new());
+        let shifts = crate::shift::Shifts::spawn(
+            crate::shift::ShiftOptions {
+                center: a.clone(),
+                instance: "shop".to_owned(),
+                partition: 0,
+                redis_url: redis.url(),
+                lease_ttl: Duration::from_secs(5),
+            },
+            topology.clone(),
+            authority.clone(),
+            instances.clone(),
+            &tracker,
+            stop.clone(),
+        )
+        .unwrap();
         let (admin, admin_routes) = super::super::admin_routes(AdminState {
             inventory,
             centers: crate::orders::OrderCenters::alone(orders.clone()),
@@ -166,7 +182,8 @@ impl Shop {
             default_currency: None,
             auditor: Arc::new(|_| Box::pin(async { Ok(json!({"verdict": "clean", "sales": []})) })),
             guardian: crate::shift::GuardianHandle::ended(),
-            instances: crate::topology::Instances::fixed(Vec::new()),
+            shifts,
+            instances,
             relay: super::super::Relay::default(),
             readiness: readiness.clone(),
             metrics,
