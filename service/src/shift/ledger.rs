@@ -10,7 +10,9 @@ use seckill_ledger::roles::{self, Role, Standing};
 use seckill_ledger::{Fence, InvalidFence, outbox};
 
 use super::verdict::{InitPolicy, Place, Seen, Verdict, judge};
-use crate::topology::{LedgerRun, NoAuthority, StoreError, Topology, TopologyHandle, UpdateError};
+use crate::topology::{
+    LedgerRun, NoAuthority, StoreError, Topology, TopologyHandle, TopologyState, UpdateError,
+};
 use seckill_domain::CenterId;
 
 /// A server on the same machine or network answers within milliseconds; one that loads its data says so at once.
@@ -100,6 +102,10 @@ impl Ledger {
     /// `HOST:PORT` of the server.
     pub fn address(&self) -> &str {
         &self.place.address
+    }
+
+    pub(crate) fn topology(&self) -> std::sync::Arc<Topology> {
+        self.topology.current()
     }
 
     pub(crate) fn place(&self) -> &Place {
@@ -271,6 +277,12 @@ impl Ledger {
             topology.epoch = topology.epoch.max(Epoch(floor)).next();
             if adopting {
                 topology.adopting.insert(partition);
+                // What the adopted ledger holds, and what is put back into it, is what no replica has. Each counts
+                // again from the epoch that it has shown (D2, K4).
+                if !topology.in_sync.is_empty() {
+                    topology.in_sync.clear();
+                    topology.state = TopologyState::Degraded;
+                }
             }
             Ok(topology.fence())
         })

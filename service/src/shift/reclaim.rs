@@ -1,5 +1,9 @@
 //! Adopting a ledger: what is there is the truth from here on, and what the order database knows is put back
 //! into it before anything is sold.
+//!
+//! No replica has that, so none is in sync from the moment when an adoption begins; each comes back at a later epoch,
+//! once it has shown its fence and so has everything before it (D2). Until then a release counts as little as
+//! one of any degraded epoch: its record is kept and sent again (K4).
 
 use std::collections::BTreeMap;
 
@@ -11,6 +15,7 @@ use serde::Serialize;
 
 use super::ledger::{Ledger, LedgerError};
 use crate::orders::{self, AdminOrder, OrderStore};
+use crate::topology::Durability;
 
 /// Orders read from the database at once.
 const PAGE: u32 = 1000;
@@ -94,11 +99,21 @@ impl Ledger {
         let mut report =
             AdoptReport { partition, found: seen.standing.fence.clone(), epoch, ..AdoptReport::default() };
         tracing::warn!(partition, epoch, found = ?report.found, "adopting the ledger");
+        let counts_at_once = self.counts_at_once();
         for sale in orders.sales().await? {
-            put_right(self.conn().await?, &fence, &sale, orders, &mut report).await?;
+            put_right(self.conn().await?, &fence, &sale, (orders, counts_at_once), &mut report).await?;
         }
         self.record(fence.epoch, &seen.standing.run_id).await?;
         Ok(report)
+    }
+
+    /// Whether a write counts once the server's own disk has it.
+    fn counts_at_once(&self) -> bool {
+        let topology = self.topology();
+        match topology.durability {
+            Durability::Local => true,
+            Durability::Replicated => topology.centers.len() == 1,
+        }
     }
 }
 
@@ -108,7 +123,7 @@ async fn put_right(
     conn: &mut MultiplexedConnection,
     fence: &Fence,
     sale: &SaleId,
-    orders: &OrderStore,
+    (orders, counts_at_once): (&OrderStore, bool),
     report: &mut AdoptReport,
 ) -> Result<(), Recovery> {
     let known = read::sale(conn, sale).await?;
@@ -127,9 +142,15 @@ async fn put_right(
             let outcomes = release(conn, fence, sale, batch).await?;
             let released = outcomes.iter().filter(|outcome| **outcome == ReleaseOutcome::Released);
             report.released += released.count() as u64;
-            // Whatever the ledger knew of them, it holds nothing for them any more: a release that still waits
-            // has nothing to do, and would only look like a claim that went missing.
-            orders.releases_done(batch.iter().map(|entry| entry.order_id).collect(), Vec::new()).await?;
+            // Of those that the ledger never heard of a release that still waits has nothing to do, and would only
+            // look like a claim that went missing. The others are done once what was done here survives.
+            let done = batch.iter().zip(outcomes).filter_map(|(entry, outcome)| match outcome {
+                ReleaseOutcome::Released | ReleaseOutcome::AlreadyReleased => {
+                    counts_at_once.then_some(entry.order_id)
+                }
+                ReleaseOutcome::Unknown => Some(entry.order_id),
+            });
+            orders.releases_done(done.collect(), Vec::new()).await?;
         }
     }
     for status in [OrderStatus::Paid, OrderStatus::Created] {

@@ -467,3 +467,53 @@ async fn a_replica_that_no_center_knows_is_an_alarm_and_counts_among_those_waite
     let metrics = pair.service("a").guardian.metrics();
     eventually("the alarm", async || (metrics.unknown_replicas.get() == 1).then_some(())).await;
 }
+
+// K4: what an adoption puts right counts once the replica has it. Until then no replica may be promoted without loss,
+// and the record of a release stays.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_adoption_takes_the_replica_off_and_keeps_the_records_of_its_releases() {
+    let mut pair = Pair::in_sync().await;
+    let sale = pair.create_sale(5).await;
+    let fence = pair.until_sells("a sells", |_| true).await;
+    let order_id = pair.buy_at("a", &fence, &sale, "u1").await;
+    let (client, authority) = (pair.centers["a"].server.client(), pair.service("a").authority.clone());
+    let orders = pair.service("a").orders.clone();
+    let work = || {
+        let (tracker, token) = (TaskTracker::new(), CancellationToken::new());
+        Workers::spawn(
+            &orders,
+            std::slice::from_ref(&client),
+            &authority,
+            &crate::orders::Queue::Outbox,
+            &WorkerOptions::default(),
+            &tracker,
+            (&token, &token),
+        );
+        (tracker, token)
+    };
+    let (tracker, token) = work();
+    eventually("the order is stored", async || orders.order(order_id).await.unwrap()).await;
+    token.cancel();
+    tracker.close();
+    tracker.wait().await;
+    orders.cancel(&Uid::new("u1").unwrap(), order_id).await.unwrap();
+    assert_eq!(orders.pending_release_count().await.unwrap(), 1);
+
+    pair.signal("b", Signal::STOP);
+    let report = pair.service("a").guardian.adopt().await.unwrap();
+    assert_eq!(report.released, 1);
+    let topology = pair.topology();
+    assert_eq!((topology.in_sync.len(), topology.state), (0, TopologyState::Degraded));
+    assert_eq!(orders.pending_release_count().await.unwrap(), 1, "the replica does not have it");
+
+    pair.signal("b", Signal::CONT);
+    pair.until_in_sync(Epoch(report.epoch)).await;
+    let (_tracker, token) = work();
+    eventually("the record is done", async || {
+        (orders.pending_release_count().await.unwrap() == 0).then_some(())
+    })
+    .await;
+    token.cancel();
+    let mut conn = pair.centers["b"].server.connect().await;
+    assert_eq!(read::sale(&mut conn, &sale).await.unwrap().unwrap().remaining, 5);
+}
