@@ -5,7 +5,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use redis::aio::MultiplexedConnection;
@@ -239,23 +239,34 @@ pub(super) async fn pause(token: &CancellationToken) -> bool {
     sleep(PAUSE, token).await
 }
 
-/// Logs the first failure of a row of failures and the end of the row, not each of them.
+/// What lasts no longer than this is no news: at each change of the epoch every worker meets a ledger that is ahead of
+/// the topology or behind it for a moment, and the change itself is in the log. As long as a shift may hold purchases.
+const NO_NEWS: Duration = Duration::from_secs(3);
+
+/// Logs a row of failures once, when it has lasted for a while, and its end; not each of them.
 #[derive(Debug, Default)]
-pub(super) struct Streak(u64);
+pub(super) struct Streak {
+    failures: u64,
+    since: Option<Instant>,
+    said: bool,
+}
 
 impl Streak {
     pub(super) fn failed(&mut self, worker: &str, error: &dyn std::fmt::Display) {
-        if self.0 == 0 {
-            tracing::warn!(worker, %error, "an order worker failed; it goes on trying");
+        self.failures += 1;
+        let since = *self.since.get_or_insert_with(Instant::now);
+        if since.elapsed() >= NO_NEWS && !std::mem::replace(&mut self.said, true) {
+            tracing::warn!(worker, failures = self.failures, %error, "an order worker fails; it goes on trying");
+        } else {
+            tracing::debug!(worker, failures = self.failures, %error, "an order worker failed; it tries again");
         }
-        self.0 += 1;
     }
 
     pub(super) fn succeeded(&mut self, worker: &str) {
-        if self.0 > 0 {
-            tracing::info!(worker, failures = self.0, "an order worker works again");
+        if self.said {
+            tracing::info!(worker, failures = self.failures, "an order worker works again");
         }
-        self.0 = 0;
+        *self = Streak::default();
     }
 }
 

@@ -316,6 +316,10 @@ impl Shared {
         }
         self.current.send_if_modified(|current| {
             let changed = **current != *found.topology;
+            if (current.epoch, &current.master) != (found.topology.epoch, &found.topology.master) {
+                let Topology { epoch, master, state, .. } = &*found.topology;
+                tracing::info!(%epoch, %master, state = state.as_str(), "an epoch began");
+            }
             if changed {
                 *current = Arc::clone(&found.topology);
             }
