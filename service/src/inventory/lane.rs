@@ -355,6 +355,8 @@ impl Lane {
         self.drop_late(&mut waiting);
         let Some(sale) = waiting.first().map(|first| first.purchase.sale_id.clone()) else { return };
         let Some(mut batch) = Batch::new(waiting) else { return };
+        // Whoever was the master when this began decides nothing any more once another one is.
+        let mut moved = Box::pin(self.route.moved());
         let attempt = {
             let Lane { route, held, next_turn, queue_len, max_batch, .. } = self;
             let mut attempt = pin!(route.attempt(&sale, batch.entries(), batch.latest()));
@@ -366,10 +368,10 @@ impl Lane {
                 tokio::select! {
                     biased;
                     attempt = &mut attempt => break attempt,
+                    () = &mut moved => break Attempt::all(Verdict::Unknown(unknown()), batch.len()),
                     at = until(next) => {
                         slow = slow || at >= slow_at;
-                        let late = PurchaseError::MasterUnreachable { executed: Executed::Unknown };
-                        batch.answer_late(at, &late);
+                        batch.answer_late(at, &unknown());
                         held.answer_late(at);
                     }
                     taken = queue.recv_many(&mut newcomers, *max_batch),
@@ -388,7 +390,7 @@ impl Lane {
                 self.attempt_later(undecided);
             }
             Attempt::Pending { rest, late } => {
-                self.pending.spawn(see_through(batch, rest, late));
+                self.pending.spawn(see_through(batch, rest, late, moved));
             }
         }
     }
@@ -436,19 +438,30 @@ async fn until(at: Option<Instant>) -> Instant {
     }
 }
 
-/// Waits for the end of an attempt, and answers those whose deadline comes before.
+/// Waits for the end of an attempt, or for another master, and answers those whose deadline comes before.
 async fn see_through(
     mut batch: Batch,
     mut rest: BoxFuture<'static, Vec<Verdict>>,
     late: PurchaseError,
+    mut moved: impl Future<Output = ()> + Unpin,
 ) -> Beside {
     while let Some(earliest) = batch.earliest() {
-        match tokio::time::timeout_at(earliest, &mut rest).await {
-            Ok(verdicts) => return Beside::Attempt(batch.answer(verdicts)),
-            Err(_) => batch.answer_late(Instant::now(), &late),
+        tokio::select! {
+            biased;
+            verdicts = &mut rest => return Beside::Attempt(batch.answer(verdicts)),
+            () = &mut moved => {
+                let verdicts = vec![Verdict::Unknown(late); batch.len()];
+                return Beside::Attempt(batch.answer(verdicts));
+            }
+            at = until(Some(earliest)) => batch.answer_late(at, &late),
         }
     }
     Beside::Attempt(Vec::new())
+}
+
+/// What became of an attempt whose end nobody saw.
+fn unknown() -> PurchaseError {
+    PurchaseError::MasterUnreachable { executed: Executed::Unknown }
 }
 
 fn is_one_sale(batch: &[Waiting]) -> bool {

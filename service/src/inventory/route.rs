@@ -159,6 +159,18 @@ impl Route {
         changes
     }
 
+    /// Ends when another center becomes the master than the one that is it now.
+    pub(super) fn moved(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut topology = self.changes.topology.clone();
+        let master = topology.borrow().master.clone();
+        async move {
+            if topology.wait_for(|now| now.master != master).await.is_err() {
+                // The service is ending, and with it whatever this is waited for beside.
+                std::future::pending::<()>().await;
+            }
+        }
+    }
+
     /// Whether an acknowledgement waits for another center in any case, so that a short wait for more purchases
     /// is hardly felt.
     pub(super) fn pays_round_trip(&self) -> bool {

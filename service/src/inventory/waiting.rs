@@ -110,6 +110,11 @@ impl Batch {
         Some(Batch { places: waiting.into_iter().map(Some).collect(), earliest: Some(earliest), latest })
     }
 
+    /// How many purchases are attempted, answered meanwhile or not.
+    pub(super) fn len(&self) -> usize {
+        self.places.len()
+    }
+
     pub(super) fn entries(&self) -> Vec<ReserveEntry> {
         self.places.iter().flatten().map(Waiting::entry).collect()
     }

@@ -64,6 +64,11 @@ async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
 
 impl Centers {
     async fn open(config: InventoryConfig) -> Centers {
+        Centers::that_wait(2000, config).await
+    }
+
+    /// Centers that wait for so long for an answer of Redis, or of each other.
+    async fn that_wait(response_timeout_ms: u64, config: InventoryConfig) -> Centers {
         let redis_a = RedisServer::start().await;
         let fence = redis_a.init_ledger().await;
         let redis_b = RedisServer::start_replica_of(&redis_a).await;
@@ -99,8 +104,11 @@ impl Centers {
                 TopologyHandle::open_or_create(store, authority.clone(), document.clone()).await.unwrap();
             topology.spawn(&tracker, stop.clone());
             let cross = CrossCenter::new(ring(name), topology.clone(), Instances::fixed(Vec::new()));
-            let ledger =
-                LedgerConfig { partitions: vec![SecretUrl::new(redis.url())], ..LedgerConfig::default() };
+            let ledger = LedgerConfig {
+                partitions: vec![SecretUrl::new(redis.url())],
+                response_timeout_ms,
+                ..LedgerConfig::default()
+            };
             let parts = Parts {
                 ledger: &ledger,
                 inventory: &config,
@@ -365,6 +373,24 @@ async fn a_reply_that_a_shift_swallowed_gives_one_order() {
     assert_eq!(claims.values().copied().collect::<Vec<_>>(), [1, 1]);
     let replay = centers.a.inventory.purchase(purchase("bob")).await.unwrap();
     assert_eq!((replay.order_id, replay.replayed), (orders[1].order_id, true));
+}
+
+/// The old master does not answer any more: once there is another one, nobody waits for it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_waits_for_the_old_master_once_there_is_another() {
+    let config = InventoryConfig { deadline_ms: 60_000, hold_ms: 30_000, ..InventoryConfig::default() };
+    let centers = Centers::that_wait(60_000, config).await;
+    centers.sale(10).await;
+    centers.b.inventory.purchase(purchase("before")).await.unwrap();
+    centers.line.stall();
+    let sent = || centers.b.inventory.metrics().batched.get();
+    let before = sent();
+    let bob = centers.b.buying("bob");
+    eventually("bob's purchase is on its way", async || sent() > before).await;
+    centers.freeze().await;
+    centers.move_to_b().await;
+    let order = tokio::time::timeout(PATIENCE, bob).await.expect("in time").unwrap().unwrap();
+    assert_eq!(epoch_of(order.order_id), 2);
 }
 
 /// What may have been accepted before the freeze is not said to be undone when its time is over.
