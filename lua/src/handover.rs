@@ -21,9 +21,23 @@ pub struct Fenced {
     pub offset: u64,
 }
 
+/// What a master's `repl-ping-replica-period` is set to while it is handed over: its pings are part of its stream of
+/// changes, and one that the next master does not have would cost a full copy. A day, so that it is nobody's setting.
+const PING_HELD_S: u64 = 86_400;
+/// Redis' own default, for a server whose setting was not restored by whoever held it.
+const PING_DEFAULT_S: u64 = 10;
+const PING_PERIOD: &str = "repl-ping-replica-period";
+
+/// How often a server pings its replicas, seconds, if it tells.
+pub async fn ping_period(conn: &mut impl ConnectionLike) -> Option<u64> {
+    let get = redis::cmd("CONFIG").arg("GET").arg(PING_PERIOD).query_async::<Vec<String>>(conn).await;
+    get.ok()?.into_iter().nth(1)?.parse().ok()
+}
+
 /// Lifts a master's fence to that of the next master and holds up its writes for `pause_ms`, all in one round trip:
 /// whatever arrives later is refused by the fence or waits. The connection watches the fence from then on, for
-/// [`follow`], so nobody else may use it.
+/// [`follow`], so nobody else may use it. `ping_s`: what [`ping_period`] answered. A server that has the fence already
+/// is held up and watched all the same.
 ///
 /// After an error nobody knows how far it came: [`resume`] ends the pause, and the fence is that of an epoch that is
 /// recorded and never used again (H1).
@@ -32,8 +46,12 @@ pub async fn fence_and_pause(
     from: &Fence,
     to: &Fence,
     pause_ms: u64,
+    ping_s: Option<u64>,
 ) -> Result<Fenced, Error> {
     let mut pipe = redis::pipe();
+    if ping_s.is_some() {
+        pipe.cmd("CONFIG").arg("SET").arg(PING_PERIOD).arg(PING_HELD_S).ignore();
+    }
     let eval = pipe.cmd("EVAL").arg(FENCE.text()).arg(4);
     for arg in fence_args(&FenceChange::Lift { from: from.clone() }, to, false) {
         eval.arg(arg);
@@ -62,6 +80,7 @@ pub async fn follow(
     host: &str,
     port: u16,
     account: (Option<&str>, Option<&str>),
+    ping_s: Option<u64>,
 ) -> Result<bool, Error> {
     let mut pipe = redis::pipe();
     if let (user, Some(password)) = account {
@@ -74,11 +93,23 @@ pub async fn follow(
     pipe.cmd("MULTI").ignore().cmd("REPLICAOF").arg(host).arg(port).ignore().cmd("EXEC");
     // A replica whose writes are held up does not apply those of its master either.
     pipe.cmd("CLIENT").arg("UNPAUSE").ignore();
+    if let Some(ping_s) = ping_s {
+        pipe.cmd("CONFIG").arg("SET").arg(PING_PERIOD).arg(restored(ping_s)).ignore();
+    }
     let (done,): (Value,) = pipe.query_async(conn).await?;
     Ok(done != Value::Nil)
 }
 
-/// Lets a server's writes go on.
+/// Lets a server's writes go on, and its pings.
 pub async fn resume(conn: &mut impl ConnectionLike) -> Result<(), Error> {
-    Ok(redis::cmd("CLIENT").arg("UNPAUSE").query_async(conn).await?)
+    redis::cmd("CLIENT").arg("UNPAUSE").query_async::<()>(conn).await?;
+    if ping_period(conn).await == Some(PING_HELD_S) {
+        let mut set = redis::cmd("CONFIG");
+        set.arg("SET").arg(PING_PERIOD).arg(PING_DEFAULT_S).query_async::<()>(conn).await?;
+    }
+    Ok(())
+}
+
+fn restored(ping_s: u64) -> u64 {
+    if ping_s == PING_HELD_S { PING_DEFAULT_S } else { ping_s }
 }

@@ -208,6 +208,7 @@ impl RedisServer {
         command.args(["--bind", "127.0.0.1", "--port", &self.port.to_string()]);
         command.arg("--dir").arg(self.folder.path());
         command.args(["--save", "", "--appendonly", "yes", "--appendfsync", "always"]);
+        command.args(["--repl-diskless-sync-delay", "0"]);
         command.args(["--maxmemory-policy", "noeviction", "--repl-diskless-load", "swapdb"]);
         for (name, value) in &self.options {
             command.arg(format!("--{name}")).args(value.split(' '));

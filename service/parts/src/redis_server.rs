@@ -57,6 +57,7 @@ impl Redis {
         set("appendfsync", &["always"]);
         set("maxmemory-policy", &["noeviction"]);
         set("repl-diskless-load", &["swapdb"]);
+        set("repl-diskless-sync-delay", &["0"]);
         set("disable-thp", &["no"]);
         // Its title would be written over its environment, in which its folder is looked for.
         set("set-proc-title", &["no"]);

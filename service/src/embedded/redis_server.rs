@@ -354,6 +354,8 @@ replica-read-only yes
 replica-serve-stale-data yes
 # A replica never empties itself before a sync has arrived whole.
 repl-diskless-load swapdb
+# There is one replica to copy everything to, no others to wait for.
+repl-diskless-sync-delay 0
 
 # An acknowledged purchase is on the disk.
 appendonly yes

@@ -4,6 +4,7 @@
 //! what a step of this process seems to have done: each change of the record is a compare-and-set that finds the
 //! coordinator's name and term there, and one that was not answered is asked again.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -23,9 +24,9 @@ pub(super) const STORE_RETRY: Duration = Duration::from_millis(50);
 /// How long a phase of a planned shift may take by the coordinator's own clock. Below the freeze's deadline, after
 /// which somebody else takes the shift over.
 pub(super) const PHASE_MAX: Duration = Duration::from_millis(1500);
-/// How long the old master's writes are held up at most, if nobody lets them go on: until well after `decided`, and
-/// no longer than the freeze.
-pub(super) const PAUSE_MS: u64 = 2000;
+/// How long the old master's writes are held up at most, if nobody lets them go on: longer than the freeze, so that
+/// whoever takes the shift over finds its stream of changes as it was. The fence refuses them all the while.
+pub(super) const PAUSE_MS: u64 = 3000;
 /// How long a server may take to let its writes go on when a shift is given up. The pause ends by itself, too.
 const RESUME_WITHIN: Duration = Duration::from_secs(1);
 
@@ -52,11 +53,14 @@ pub(super) struct Coordinator {
     pub(super) since: Instant,
     /// Since when the phase is what it is.
     pub(super) phase_since: Instant,
-    step_since: Instant,
+    /// When each step that runs was begun.
+    begun: BTreeMap<usize, Instant>,
     /// The server that takes.
     pub(super) target: Option<MultiplexedConnection>,
     /// The old master's server. From the fence on it is watched on this connection, which nobody else may use.
     pub(super) source: Option<MultiplexedConnection>,
+    /// How often the old master pings its replicas, seconds.
+    pub(super) source_ping_s: Option<u64>,
 }
 
 impl Coordinator {
@@ -67,15 +71,27 @@ impl Coordinator {
             shift,
             since: now,
             phase_since: now,
-            step_since: now,
+            begun: BTreeMap::new(),
             target: None,
             source: None,
+            source_ping_s: None,
         }
     }
 
-    /// Runs a shift whose record was just written, with the connections of its checks.
-    pub(super) async fn run(mut self, survey: Survey) {
+    /// Runs a shift whose record was just written, with the connections of its checks. `asked`: when the record was
+    /// sent.
+    pub(super) async fn run(mut self, survey: Survey, asked: Instant) {
         (self.target, self.source) = (survey.target_conn, survey.source_conn);
+        self.source_ping_s = survey.source_ping_s;
+        // Purchases are held from some moment after this one on.
+        self.since = asked;
+        let step = self.begin_step(match self.shift.mode {
+            ShiftMode::Planned => "freeze",
+            ShiftMode::Forced => "record",
+        });
+        self.begun.insert(step, asked);
+        let exposure = self.shift.exposure.as_ref().map(|exposure| exposure.reason.clone());
+        self.end_step(step, exposure);
         tracing::warn!(
             id = self.shift.id, from = %self.shift.from, to = %self.shift.to, mode = ?self.shift.mode,
             actor = self.shift.actor, reason = self.shift.reason, "a shift of the master center begins"
@@ -97,7 +113,10 @@ impl Coordinator {
         let outcome = match (running, self.shift.phase) {
             (false, _) => self.verify(None).await,
             (true, ShiftPhase::Begun) => Err(Stop::Abort("its coordinator died".to_owned())),
-            (true, ShiftPhase::Decided) => self.forward().await,
+            (true, ShiftPhase::Decided) => {
+                self.hold_source().await;
+                self.forward().await
+            }
         };
         self.end(outcome).await;
     }
@@ -241,7 +260,6 @@ impl Coordinator {
 
     /// Begins a step. Returns its place.
     pub(super) fn begin_step(&mut self, name: &str) -> usize {
-        self.step_since = Instant::now();
         self.shift.steps.push(Step {
             name: name.to_owned(),
             state: StepState::Running,
@@ -250,11 +268,13 @@ impl Coordinator {
             detail: None,
             checks: Vec::new(),
         });
+        let step = self.shift.steps.len() - 1;
+        self.begun.insert(step, Instant::now());
         self.shared.show(&self.shift);
-        self.shift.steps.len() - 1
+        step
     }
 
-    /// Ends a step that was begun last.
+    /// Ends a step.
     pub(super) fn end_step(&mut self, step: usize, detail: impl Into<Option<String>>) {
         self.finish_step(step, StepState::Done, detail.into(), Vec::new());
     }
@@ -266,7 +286,7 @@ impl Coordinator {
         detail: Option<String>,
         checks: Vec<Check>,
     ) {
-        let took = self.step_since.elapsed();
+        let took = self.begun.remove(&step).map_or(Duration::ZERO, |begun| begun.elapsed());
         if let Some(step) = self.shift.steps.get_mut(step) {
             step.state = state;
             step.took_ms = Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
@@ -280,20 +300,17 @@ impl Coordinator {
         self.shared.show(&self.shift);
     }
 
-    /// A place where a test lets the coordinator die: nothing that would follow happens.
+    /// A place where a test lets something happen, or the coordinator die: nothing that would follow happens then.
     #[cfg(test)]
-    pub(super) fn may_die(&self, at: &'static str) -> Result<(), Stop> {
-        let mut armed = self.shared.dies_at.lock().unwrap();
-        if *armed == Some(at) {
-            *armed = None;
-            return Err(Stop::Died);
-        }
-        Ok(())
+    pub(super) fn passes(&self, at: &'static str) -> Result<(), Stop> {
+        let armed = self.shared.at.lock().unwrap().take_if(|(place, _)| *place == at);
+        let dies = armed.is_some_and(|(_, hook)| hook());
+        if dies { Err(Stop::Died) } else { Ok(()) }
     }
 
     #[cfg(not(test))]
     #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "as in tests")]
-    pub(super) fn may_die(&self, _at: &'static str) -> Result<(), Stop> {
+    pub(super) fn passes(&self, _at: &'static str) -> Result<(), Stop> {
         Ok(())
     }
 }

@@ -22,9 +22,7 @@ impl Coordinator {
     pub(super) async fn forced(&mut self) -> Result<(), Stop> {
         // After the record was answered, and so after every read that did not show it was sent.
         let recorded_ns = boottime_ns();
-        let step = self.begin_step("record");
-        self.end_step(step, self.shift.exposure.as_ref().map(|exposure| exposure.reason.clone()));
-        self.may_die("recorded")?;
+        self.passes("recorded")?;
         let step = self.begin_step("wait_lease");
         let lease = self.shared.options.lease_ttl;
         let wait = lease + lease / CLOCK_RATE_MARGIN;
@@ -40,13 +38,13 @@ impl Coordinator {
             }
         }
         self.end_step(step, format!("{} ms", wait.as_millis()));
-        self.may_die("lease_waited")?;
+        self.passes("lease_waited")?;
         let step = self.begin_step("decided");
         self.look_again().await?;
         self.change(None, record::decide).await?;
         self.shift.phase = ShiftPhase::Decided;
         self.end_step(step, None);
-        self.may_die("decided")?;
+        self.passes("decided")?;
         self.forward().await
     }
 
@@ -73,15 +71,10 @@ impl Coordinator {
         if !standing.settled {
             return Err(gone("it is loading, or copying everything".to_owned()));
         }
-        let lossless = self.shift.exposure.as_ref().is_some_and(|exposure| exposure.lossless);
-        let same = Some(&standing.run_id) == self.shift.target_run.as_ref()
-            && standing.fence.as_deref() == Some(self.fence_before().to_string().as_str());
-        if lossless && !same && !self.shift.accept_loss {
-            return Err(gone(
-                "it was restarted while the lease was waited out, so nobody knows whether something is missing; \
-                 ask again"
-                    .to_owned(),
-            ));
+        let promised = self.shift.exposure.as_ref().is_some_and(|exposure| exposure.lossless);
+        let now = record::exposure(&topology, &self.shift.to, self.shared.options.partition, &standing);
+        if promised && !now.lossless && !self.shift.accept_loss {
+            return Err(gone(format!("{}, while the lease was waited out; ask again", now.reason)));
         }
         self.target = Some(target);
         Ok(())

@@ -220,6 +220,7 @@ impl Guardian {
         let mut ticks = tokio::time::interval(CHECK_INTERVAL);
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let authority = self.authority.clone();
+        let mut changes = self.topology.subscribe();
         loop {
             // Each step is bounded by the connection's timeouts, so the token is only looked at in between: a
             // promotion is never cut in half by a shutdown.
@@ -232,6 +233,8 @@ impl Guardian {
                     continue;
                 }
                 _ = ticks.tick() => {}
+                // A shift that is over: purchases that are held wait for this center's server to be admitted.
+                Ok(()) = changes.changed() => {}
                 () = authority.suspected() => thorough = true,
             }
             if let Err(error) = self.check(thorough).await {
@@ -386,8 +389,9 @@ impl Guardian {
     }
 
     async fn promote(&mut self, seen: &Seen, change: FenceChange) -> Result<(), LedgerError> {
-        let came_up_as_master =
-            matches!(seen.standing.role, Role::Master { .. }) && matches!(change, FenceChange::Lift { .. });
+        let came_up_as_master = matches!(seen.standing.role, Role::Master { .. })
+            && matches!(change, FenceChange::Lift { .. })
+            && !self.ledger.is_recorded_master(&seen.standing);
         if came_up_as_master {
             tracing::warn!(
                 partition = self.options.partition,

@@ -7,7 +7,7 @@ use redis::{AsyncConnectionConfig, Client, IntoConnectionInfo};
 use seckill_domain::{Epoch, OutboxId};
 use seckill_ledger::admin::{FenceChange, FenceOutcome};
 use seckill_ledger::roles::{self, Role, Standing};
-use seckill_ledger::{Fence, InvalidFence, outbox};
+use seckill_ledger::{Fence, InvalidFence, handover, outbox};
 
 use super::verdict::{InitPolicy, Place, Seen, Verdict, judge};
 use crate::topology::{
@@ -185,9 +185,12 @@ impl Ledger {
         seen: &Seen,
         change: &FenceChange,
     ) -> Result<Fence, LedgerError> {
-        // A server that came up as a master is put aside first: nobody writes between the check and the new
-        // epoch (S1).
-        if matches!(seen.standing.role, Role::Master { .. }) {
+        if self.is_recorded_master(&seen.standing) {
+            // A shift that was given up may have left its writes held up.
+            handover::resume(self.conn().await?).await?;
+        } else if matches!(seen.standing.role, Role::Master { .. }) {
+            // A server that came up as a master is put aside first: nobody writes between the check and the new
+            // epoch (S1).
             self.isolate().await?;
         }
         let expected = seen.standing.fence.clone();
@@ -227,6 +230,16 @@ impl Ledger {
             }
         }
         Err(LedgerError::Changed)
+    }
+
+    /// Whether this run of the server was made the master before and has been it ever since: it has lost nothing, and
+    /// the fence kept everybody out who had no authority.
+    pub(crate) fn is_recorded_master(&self, standing: &Standing) -> bool {
+        let topology = self.topology.current();
+        let run = topology.ledger_runs.get(&self.place.partition);
+        matches!(standing.role, Role::Master { .. })
+            && topology.master == self.place.center
+            && run.is_some_and(|run| run.run_id == standing.run_id)
     }
 
     /// Lifts the topology's epoch to that of a fence that is ahead of it (H1).

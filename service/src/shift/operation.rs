@@ -6,7 +6,7 @@
 use std::fmt;
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use seckill_domain::{CenterId, Epoch, Shard};
@@ -171,10 +171,14 @@ pub(super) struct Shared {
     pub(super) token: CancellationToken,
     /// The last shift that this service ran or runs, with the steps as they are now.
     live: Mutex<Option<Shift>>,
-    /// Where a test lets the coordinator die.
+    /// What a test does when the coordinator comes to a place; whether the coordinator dies there.
     #[cfg(test)]
-    pub(super) dies_at: Mutex<Option<&'static str>>,
+    pub(super) at: Mutex<Option<(&'static str, Hook)>>,
 }
+
+/// See [`Shared::at`].
+#[cfg(test)]
+pub(super) type Hook = Box<dyn FnOnce() -> bool + Send>;
 
 impl Shared {
     fn live(&self) -> std::sync::MutexGuard<'_, Option<Shift>> {
@@ -223,7 +227,7 @@ impl Shifts {
             token,
             live: Mutex::new(None),
             #[cfg(test)]
-            dies_at: Mutex::new(None),
+            at: Mutex::new(None),
         });
         tracker.spawn(takeover::watch(Arc::clone(&shared)));
         Ok(Shifts { shared })
@@ -298,13 +302,18 @@ async fn run(
     answer: oneshot::Sender<Result<Shift, ShiftError>>,
 ) {
     let (plan, survey) = match prepare(&shared, request, key, actor).await {
-        Ok(Prepared::Plan(plan, survey)) => (plan, survey),
+        Ok(Prepared::Plan(prepared)) => *prepared,
         Ok(Prepared::Answer(shift)) => return drop(answer.send(Ok(*shift))),
         Err(error) => return drop(answer.send(Err(error))),
     };
     // Nobody may be there any more to hear it.
     let mut answer = Some(answer);
-    let mut tell = move |outcome| answer.take().map(|answer| answer.send(outcome)).map_or((), drop);
+    let mut tell = move |outcome| {
+        if let Some(answer) = answer.take() {
+            drop(answer.send(outcome));
+        }
+    };
+    let asked = Instant::now();
     let begun = loop {
         let attempt = plan.clone();
         match shared.topology.update_known(move |topology| begin(topology, &attempt)).await {
@@ -326,14 +335,14 @@ async fn run(
         Begun::Ours(shift) => {
             shared.show(&shift);
             tell(Ok(shift.clone()));
-            Coordinator::new(shared, shift).run(survey).await;
+            Coordinator::new(shared, shift).run(survey, asked).await;
         }
     }
 }
 
 enum Prepared {
     /// To be recorded.
-    Plan(Plan, Survey),
+    Plan(Box<(Plan, Survey)>),
     /// Answered already: a replay, or a dry run.
     Answer(Box<Shift>),
 }
@@ -353,7 +362,7 @@ async fn prepare(
             "use `seckill master shift`",
         ));
     }
-    let asked = std::time::Instant::now();
+    let asked = Instant::now();
     if let Err(error) = shared.topology.confirm().await {
         return Err(ShiftError::refused(
             format!("the topology cannot be read, so nothing may be decided on it: {error}"),
@@ -399,5 +408,5 @@ async fn prepare(
         return Ok(Prepared::Answer(Box::new(shift)));
     }
     debug_assert!(matches!(plan.request.mode, ShiftMode::Planned | ShiftMode::Forced));
-    Ok(Prepared::Plan(plan, survey))
+    Ok(Prepared::Plan(Box::new((plan, survey))))
 }

@@ -9,12 +9,14 @@
 //! topology, and each server starts isolated, whatever it was (S1). `CONFIG REWRITE` would undo that: a server that
 //! restarts would be a master, or follow one, before anybody has compared it with the topology.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use seckill_ledger::admin::{FenceChange, FenceOutcome};
 use seckill_ledger::roles::{self, Role};
 use seckill_ledger::{Fence, handover};
+use tokio::task::JoinHandle;
 
 use super::coordinator::{Coordinator, PAUSE_MS, PHASE_MAX, Stop};
 use super::peers::split;
@@ -26,6 +28,8 @@ use crate::topology::{ShiftMode, ShiftPhase, StepState};
 const CATCH_UP_POLL: Duration = Duration::from_millis(1);
 /// How often a target that could not be promoted is tried again.
 const PROMOTE_POLL: Duration = Duration::from_millis(50);
+/// How long the old master may take to be held up again.
+const HOLD_MAX: Duration = Duration::from_millis(300);
 /// How long the new master's guardian may take to take its server into use.
 const THAW_MAX: Duration = Duration::from_secs(3);
 /// How long the old master may take to answer that it follows the new one. Its guardian attaches it otherwise.
@@ -34,21 +38,21 @@ const ATTACH_MAX: Duration = Duration::from_secs(2);
 impl Coordinator {
     pub(super) async fn planned(&mut self) -> Result<(), Stop> {
         let until = self.phase_since + PHASE_MAX;
-        self.may_die("recorded")?;
+        self.passes("recorded")?;
         let step = self.begin_step("fence");
         let offset = self.fence_source(until).await?;
         self.end_step(step, format!("{} ends at {offset} bytes", self.shift.from));
-        self.may_die("fenced")?;
+        self.passes("fenced")?;
         let step = self.begin_step("catch_up");
         self.catch_up(offset, until).await?;
         self.end_step(step, None);
-        self.may_die("caught_up")?;
+        self.passes("caught_up")?;
         let step = self.begin_step("decided");
         self.change(Some(until), record::decide).await?;
         self.shift.phase = ShiftPhase::Decided;
         self.phase_since = Instant::now();
         self.end_step(step, None);
-        self.may_die("decided")?;
+        self.passes("decided")?;
         self.forward().await
     }
 
@@ -58,7 +62,7 @@ impl Coordinator {
         let Some(mut source) = self.source.take() else {
             return Err(Stop::Abort("there is no connection to the old master's Redis".to_owned()));
         };
-        let fenced = handover::fence_and_pause(&mut source, &from, &to, PAUSE_MS);
+        let fenced = handover::fence_and_pause(&mut source, &from, &to, PAUSE_MS, self.source_ping_s);
         let fenced = match tokio::time::timeout_at(until.into(), fenced).await {
             Ok(Ok(fenced)) => fenced,
             Ok(Err(error)) => {
@@ -110,6 +114,27 @@ impl Coordinator {
         }
     }
 
+    /// Holds up the old master's writes again, if it answers, when another coordinator decided: what it writes for
+    /// itself (an answer to `WAIT`) after the target left it would cost a full copy.
+    pub(super) async fn hold_source(&mut self) {
+        if self.shift.mode == ShiftMode::Forced {
+            return;
+        }
+        let (shared, to) = (Arc::clone(&self.shared), self.fence());
+        let topology = shared.topology.current();
+        let held = async {
+            let mut source = connect(&shared, &topology, &self.shift.from).await.ok()?;
+            let ping_s = handover::ping_period(&mut source).await;
+            let held = handover::fence_and_pause(&mut source, &to, &to, PAUSE_MS, ping_s).await.ok()?;
+            matches!(held.outcome, FenceOutcome::Same).then_some((source, ping_s, held.offset))
+        };
+        let Ok(Some((source, ping_s, offset))) = tokio::time::timeout(HOLD_MAX, held).await else { return };
+        (self.source, self.source_ping_s) = (Some(source), ping_s);
+        self.target = connect(&shared, &topology, &self.shift.to).await.ok();
+        // It has what counts; the rest only saves the copy.
+        let _ = self.catch_up(offset, Instant::now() + HOLD_MAX).await;
+    }
+
     /// What follows once a shift is decided, whoever decided it: the target becomes the master, the topology says so,
     /// the old master follows it.
     pub(super) async fn forward(&mut self) -> Result<(), Stop> {
@@ -132,13 +157,25 @@ impl Coordinator {
                 }
             }
         };
-        self.may_die("promoted")?;
-        self.redirect(promoted.as_deref().ok()).await?;
-        self.may_die("redirected")?;
+        self.passes("promoted")?;
+        let attach = self.redirect(promoted.as_deref().ok()).await?;
+        self.passes("redirected")?;
+        let attaching = matches!(self.shift.mode, ShiftMode::Planned).then(|| self.begin_step("attach"));
         if promoted.is_ok() {
             self.thaw().await;
         }
-        self.may_die("thawed")?;
+        if let Some(step) = attaching {
+            match attach.await.unwrap_or_else(|failed| Err(failed.to_string())) {
+                Ok(()) => self.end_step(step, None),
+                Err(reason) => {
+                    self.end_step(
+                        step,
+                        format!("left to the guardian of center {}: {reason}", self.shift.from),
+                    );
+                }
+            }
+        }
+        self.passes("thawed")?;
         self.verify(promoted.err()).await
     }
 
@@ -179,55 +216,41 @@ impl Coordinator {
 
     /// The topology says who the master is from here on (H3). The old master attaches itself meanwhile, so that
     /// purchases do not wait for that, too.
-    async fn redirect(&mut self, promoted: Option<&str>) -> Result<(), Stop> {
+    async fn redirect(&mut self, promoted: Option<&str>) -> Result<JoinHandle<Result<(), String>>, Stop> {
         let step = self.begin_step("redirect");
         let source = self.source.take().filter(|_| promoted.is_some());
-        let attach = self.attach(source);
+        let attach = self.shared.tracker.spawn(self.attach(source));
         self.shift.held_ms = Some(self.held_ms());
         let (partition, run_id) = (self.shared.options.partition, promoted.map(str::to_owned));
-        let change = self.change(None, move |topology, held| {
+        self.change(None, move |topology, held| {
             record::redirect(topology, held, partition, run_id.as_deref())
-        });
-        let (redirected, attached) = tokio::join!(change, attach);
-        redirected?;
+        })
+        .await?;
         self.end_step(step, None);
-        if self.shift.mode == ShiftMode::Planned {
-            let step = self.begin_step("attach");
-            match attached {
-                Ok(took) => self.end_step(step, format!("answered after {} ms", took.as_millis())),
-                Err(reason) => {
-                    self.end_step(
-                        step,
-                        format!("left to the guardian of center {}: {reason}", self.shift.from),
-                    );
-                }
-            }
-        }
         tracing::warn!(
             id = self.shift.id, master = %self.shift.to, epoch = self.shift.epoch.0, held_ms = self.shift.held_ms,
             "the master center has shifted"
         );
-        Ok(())
+        Ok(attach)
     }
 
     /// Makes the old master follow the new one, on the connection that has watched its fence since it was fenced.
     fn attach(
         &self,
         source: Option<MultiplexedConnection>,
-    ) -> impl Future<Output = Result<Duration, String>> + use<> {
+    ) -> impl Future<Output = Result<(), String>> + Send + use<> {
         let topology = self.shared.topology.current();
         let address = topology
             .center(&self.shift.to)
             .and_then(|center| center.ledger.get(usize::from(self.shared.options.partition)).cloned());
-        let access = self.shared.access.clone();
+        let (access, ping_s) = (self.shared.access.clone(), self.source_ping_s);
         async move {
             let mut source = source.ok_or("this coordinator did not fence it")?;
             let address = address.ok_or("the topology does not say where the new master's Redis is")?;
             let (host, port) = split(&address).map_err(|error| error.to_string())?;
-            let begun = Instant::now();
-            let follow = handover::follow(&mut source, host, port, access.account());
+            let follow = handover::follow(&mut source, host, port, access.account(), ping_s);
             match tokio::time::timeout(ATTACH_MAX, follow).await {
-                Ok(Ok(true)) => Ok(begun.elapsed()),
+                Ok(Ok(true)) => Ok(()),
                 Ok(Ok(false)) => Err("its fence changed meanwhile".to_owned()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err("it did not answer in time".to_owned()),

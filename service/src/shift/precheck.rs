@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use redis::aio::MultiplexedConnection;
 use seckill_domain::CenterId;
 use seckill_ledger::roles::{self, Role, Standing};
-use seckill_ledger::{Fence, load_all, missing, read};
+use seckill_ledger::{Fence, handover, load_all, missing, read};
 
 use super::ledger::LedgerError;
 use super::operation::{Shared, ShiftRequest};
@@ -26,6 +26,8 @@ const SKEW_WARN_MS: i64 = 1000;
 const SKEW_MAX_MS: i64 = 30_000;
 /// How long a server may take to answer all questions.
 const SERVER_ANSWERS: Duration = Duration::from_secs(3);
+/// How long the master is asked in a forced shift.
+const GONE_ANSWERS: Duration = Duration::from_millis(300);
 
 /// What was seen.
 pub(super) struct Survey {
@@ -39,6 +41,8 @@ pub(super) struct Survey {
     /// Connections that were opened for it and are nobody else's.
     pub(super) target_conn: Option<MultiplexedConnection>,
     pub(super) source_conn: Option<MultiplexedConnection>,
+    /// How often the master pings its replicas, seconds.
+    pub(super) source_ping_s: Option<u64>,
 }
 
 /// One server and the moment at which it was asked.
@@ -74,11 +78,23 @@ pub(super) async fn survey(
     let alive = shared.instances.of(&request.to).len();
     checks.add("target_instances", alive.to_string(), ">= 1", verdict(alive > 0));
 
-    // The master first: what the target has then is at least what it had before.
-    let source = look_at_center(shared, topology, &topology.master).await;
-    let mut target = look_at_center(shared, topology, &request.to).await;
-    checks.server("target_answers", &target);
     let forced = request.mode == ShiftMode::Forced;
+    let (mut source, mut target) = if forced {
+        // Nobody waits long for a master that is gone.
+        tokio::join!(
+            look_at_center(shared, topology, &topology.master, GONE_ANSWERS),
+            look_at_center(shared, topology, &request.to, SERVER_ANSWERS),
+        )
+    } else {
+        // The master first: what the target has then is at least what the master had.
+        let source = look_at_center(shared, topology, &topology.master, SERVER_ANSWERS).await;
+        (source, look_at_center(shared, topology, &request.to, SERVER_ANSWERS).await)
+    };
+    checks.server("target_answers", &target);
+    let source_ping_s = match &mut source {
+        Ok(source) if !forced => handover::ping_period(&mut source.conn).await,
+        Ok(_) | Err(_) => None,
+    };
     match (&source, forced) {
         (Ok(_), true) => checks.add(
             "source_answers",
@@ -100,7 +116,7 @@ pub(super) async fn survey(
             between(&mut checks, topology, request, shared.options.partition, source, target);
         }
         (_, Ok(target)) if forced => {
-            let found = exposure(topology, request, shared.options.partition, &target.standing);
+            let found = exposure(topology, &request.to, shared.options.partition, &target.standing);
             let verdict = match (found.lossless, request.accept_loss) {
                 (true, _) => CheckVerdict::Ok,
                 (false, true) => CheckVerdict::Warning,
@@ -113,7 +129,16 @@ pub(super) async fn survey(
     }
     let (target, target_conn) = target.ok().map(|seen| (seen.standing, seen.conn)).unzip();
     let (source, source_conn) = source.ok().map(|seen| (seen.standing, seen.conn)).unzip();
-    Survey { checks: checks.0, started_at, took: begun.elapsed(), target, source, target_conn, source_conn }
+    Survey {
+        checks: checks.0,
+        started_at,
+        took: begun.elapsed(),
+        target,
+        source,
+        target_conn,
+        source_conn,
+        source_ping_s,
+    }
 }
 
 /// The ledger that the target's server holds.
@@ -139,7 +164,7 @@ async fn scripts(checks: &mut Checks, target: &mut MultiplexedConnection) {
     };
     match missing {
         Ok(missing) => {
-            checks.add("target_scripts", format!("{missing} missing"), "0 missing", verdict(missing == 0))
+            checks.add("target_scripts", format!("{missing} missing"), "0 missing", verdict(missing == 0));
         }
         Err(error) => checks.add("target_scripts", error.to_string(), "0 missing", CheckVerdict::Failed),
     }
@@ -209,15 +234,22 @@ fn between(
     let between = target.at.saturating_duration_since(source.at);
     let between = i64::try_from(between.as_millis()).unwrap_or(i64::MAX);
     let skew = (target.clock_ms - source.clock_ms - between).abs();
-    let skew_verdict = match skew {
-        ..=SKEW_WARN_MS => CheckVerdict::Ok,
-        ..=SKEW_MAX_MS => CheckVerdict::Warning,
-        _ => CheckVerdict::Failed,
+    let skew_verdict = if skew <= SKEW_WARN_MS {
+        CheckVerdict::Ok
+    } else if skew <= SKEW_MAX_MS {
+        CheckVerdict::Warning
+    } else {
+        CheckVerdict::Failed
     };
     checks.add("clock_skew", seconds(skew), format!("<= {}", seconds(SKEW_WARN_MS)), skew_verdict);
 }
 
-async fn look_at_center(shared: &Shared, topology: &Topology, center: &CenterId) -> Result<Looked, String> {
+async fn look_at_center(
+    shared: &Shared,
+    topology: &Topology,
+    center: &CenterId,
+    within: Duration,
+) -> Result<Looked, String> {
     let looked = async {
         let mut conn = connect(shared, topology, center).await?;
         let standing = roles::standing(&mut conn).await?;
@@ -233,10 +265,10 @@ async fn look_at_center(shared: &Shared, topology: &Topology, center: &CenterId)
             round_trip,
         })
     };
-    match tokio::time::timeout(SERVER_ANSWERS, looked).await {
+    match tokio::time::timeout(within, looked).await {
         Ok(Ok(looked)) => Ok(looked),
         Ok(Err(error)) => Err(error.to_string()),
-        Err(_) => Err(format!("no answer within {}", ms(SERVER_ANSWERS))),
+        Err(_) => Err(format!("no answer within {}", ms(within))),
     }
 }
 

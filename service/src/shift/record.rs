@@ -2,7 +2,7 @@
 //! that was not answered can be asked again (H3). Whoever coordinates is named in the record with a term; a
 //! coordinator that was replaced finds another one there and stops.
 
-use seckill_domain::{Clock, Epoch, SystemClock};
+use seckill_domain::{CenterId, Clock, Epoch, SystemClock};
 use seckill_ledger::Fence;
 use seckill_ledger::roles::Standing;
 use serde_json::Map;
@@ -10,8 +10,8 @@ use serde_json::Map;
 use super::operation::{Refusal, Shared, ShiftError, ShiftRequest};
 use super::precheck::Survey;
 use crate::topology::{
-    Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Shift, ShiftMode, ShiftPhase,
-    ShiftState, Step, StepState, Topology, TopologyState,
+    Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Shift, ShiftKind, ShiftMode,
+    ShiftPhase, ShiftState, Step, StepState, Tail, Topology, TopologyState,
 };
 
 /// How long a planned shift may stay in one phase before somebody else takes it over. Its own coordinator gives up
@@ -143,7 +143,9 @@ impl Plan {
                     "bring it back, then ask again",
                 ));
             }
-            (ShiftMode::Forced, Some(target)) => Some(exposure(topology, request, self.partition, target)),
+            (ShiftMode::Forced, Some(target)) => {
+                Some(exposure(topology, &request.to, self.partition, target))
+            }
         };
         if let Some(exposure) = &exposure
             && !exposure.lossless
@@ -178,6 +180,7 @@ impl Plan {
             exposure,
             target_run: self.target.as_ref().map(|target| target.run_id.clone()),
             source_run: self.source_run.clone(),
+            tails: Vec::new(),
             dry_run: false,
             held_ms: None,
             steps: vec![self.step.clone()],
@@ -240,50 +243,66 @@ pub(super) fn refuse_wrong_use(topology: &Topology, request: &ShiftRequest) -> R
 }
 
 /// What a forced shift may lose, from the document that it is recorded in (D1).
-pub(super) fn exposure(
-    topology: &Topology,
-    request: &ShiftRequest,
-    partition: u8,
-    target: &Standing,
-) -> Exposure {
-    let exposed = |reason: String| Exposure { lossless: false, reason, entries: None, since: None };
-    let to = &request.to;
+pub(super) fn exposure(topology: &Topology, to: &CenterId, partition: u8, target: &Standing) -> Exposure {
+    let Some(reason) = why_exposed(topology, to, partition, target) else {
+        return Exposure {
+            lossless: true,
+            reason: format!("the Redis of center {to} has everything that was acknowledged"),
+            entries: Some(0),
+            since: None,
+        };
+    };
+    // H6: what the master said of itself last.
+    let entries = topology.positions.get(&partition).map(|position| position.seq.saturating_sub(target.seq));
+    let told = match (entries, topology.positions.get(&partition)) {
+        (Some(entries), Some(position)) => {
+            format!("; at {} the master was {entries} outbox entries ahead", position.at)
+        }
+        _ => String::new(),
+    };
+    Exposure {
+        lossless: false,
+        reason: format!("{reason}{told}"),
+        entries,
+        since: topology.degraded_since.clone(),
+    }
+}
+
+fn why_exposed(topology: &Topology, to: &CenterId, partition: u8, target: &Standing) -> Option<String> {
     if topology.durability == Durability::Local {
         // D3: a late write of a paused service cannot be helped.
-        return exposed(
+        return Some(
             "with durability `local` a purchase is acknowledged before the other center has it".to_owned(),
         );
     }
     let Some(entry) = topology.in_sync.iter().find(|entry| entry.center == *to) else {
-        return exposed(format!(
+        return Some(format!(
             "the replica of center {to} was taken off: since then purchases were acknowledged without it"
         ));
     };
     if entry.run_id != target.run_id {
-        return exposed(format!(
+        return Some(format!(
             "the Redis of center {to} was restarted since it was in sync (run {}, in sync was {})",
             target.run_id, entry.run_id
         ));
     }
-    if target.fence.as_deref() != Some(topology.fence().to_string().as_str()) {
-        return exposed(format!(
-            "the Redis of center {to} is at the fence {}, the topology at {}",
+    // The epoch at which the master took writes last. The topology's own may be later, by shifts that were given up
+    // while the master was gone: nobody was acknowledged anything in those.
+    let admitted = topology.ledger_runs.get(&partition).map_or(topology.epoch, |run| run.epoch);
+    let held = target.fence.as_deref().and_then(|text| text.parse::<Fence>().ok());
+    if held.is_none_or(|held| held.ledger_id != topology.ledger_id || held.epoch < admitted) {
+        return Some(format!(
+            "the Redis of center {to} is at the fence {}, the master took writes at epoch {admitted}",
             target.fence.as_deref().unwrap_or("of nobody"),
-            topology.fence()
         ));
     }
     if !target.settled {
-        return exposed(format!("the Redis of center {to} is loading, or copying everything"));
+        return Some(format!("the Redis of center {to} is loading, or copying everything"));
     }
     if topology.restoring.contains_key(&partition) {
-        return exposed("the master lost data and was copying them from a replica".to_owned());
+        return Some("the master lost data and was copying them from a replica".to_owned());
     }
-    Exposure {
-        lossless: true,
-        reason: format!("the Redis of center {to} has everything that was acknowledged"),
-        entries: Some(0),
-        since: None,
-    }
+    None
 }
 
 /// Records a shift: from here on purchases are held, guardians keep out, and nobody is taken off (D1).
@@ -359,7 +378,9 @@ pub(super) fn redirect(
         (ShiftMode::Planned | ShiftMode::Forced, _, _) => Vec::new(),
     };
     topology.state = resting(topology);
+    topology.degraded_since = (topology.state == TopologyState::Degraded).then(now);
     topology.restoring.remove(&partition);
+    topology.positions.remove(&partition);
     if let Some(run_id) = promoted {
         let run = topology.ledger_runs.entry(partition).or_insert_with(|| LedgerRun {
             run_id: String::new(),
@@ -405,6 +426,18 @@ pub(super) fn conclude(topology: &mut Topology, held: &Shift) -> Result<(), Repl
     let shift = over(topology, held).ok_or(Replaced)?;
     *shift = held.clone();
     Ok(())
+}
+
+/// Names a saved tail in the forced shift that made it one.
+pub(super) fn add_tail(topology: &mut Topology, from: &CenterId, tail: &Tail) {
+    let lost = topology.history.iter_mut().rev().find(|shift| {
+        shift.kind == ShiftKind::Master && shift.mode == ShiftMode::Forced && shift.from == *from
+    });
+    if let Some(shift) = lost
+        && !shift.tails.contains(tail)
+    {
+        shift.tails.push(tail.clone());
+    }
 }
 
 /// Puts another coordinator in charge of a shift, unless it changed since it was seen. One that is verified is in the

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use redis::aio::MultiplexedConnection;
 use seckill_domain::OutboxId;
 use seckill_ledger::roles::{self, NOWHERE, Role, Standing};
-use seckill_ledger::{Fence, InvalidFence};
+use seckill_ledger::{Fence, InvalidFence, handover};
 
 use super::guardian::Guardian;
 use super::ledger::LedgerError;
 use super::peers::{Access, split};
+use super::record::add_tail;
 use super::status::ServerState;
 use super::tail::{self, Owner};
-use crate::topology::{Restore, Topology};
+use crate::topology::{Restore, Tail, Topology};
 
 impl Guardian {
     /// One look at a server that is to be a replica. What goes wrong is told and tried again.
@@ -146,12 +147,22 @@ impl Guardian {
                 common = saved.common.map(|id| id.to_string()),
                 "this Redis held what the master does not have; it is saved before it becomes a replica"
             );
+            let (center, tail) = (self.options.center.clone(), Tail::from(&saved));
+            let named = self.topology.update(move |topology| {
+                add_tail(topology, &center, &tail);
+                Ok::<_, std::convert::Infallible>(())
+            });
+            if let Err(error) = named.await {
+                tracing::warn!(%error, "the saved tail could not be named in the history of shifts");
+            }
         }
         // A shift that was recorded meanwhile decides by itself what becomes of this server (S3).
         if self.topology.current().master_shift().is_some() {
             return Err(LedgerError::NotOurs("a shift is recorded in the topology"));
         }
         let conn = self.ledger.conn().await?;
+        // A shift whose coordinator died may have left its writes held up; those of its master are held up with them.
+        handover::resume(conn).await?;
         sign_in_as(self.peers.access(), conn).await?;
         if !roles::follow(conn, expected, host, port).await? {
             return Err(LedgerError::Changed);

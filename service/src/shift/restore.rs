@@ -40,6 +40,8 @@ impl Guardian {
             return Ok(false);
         }
         let from_scratch = match verdict {
+            // After a shift that was given up, for instance.
+            Verdict::Lift { .. } if self.ledger.is_recorded_master(&seen.standing) => return Ok(true),
             Verdict::Lift { .. } => false,
             Verdict::Refuse(refusal) => match refusal.cause {
                 Cause::RolledBack => false,

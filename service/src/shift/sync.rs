@@ -12,8 +12,9 @@ use seckill_ledger::roles::{self, Standing};
 use super::guardian::{Guardian, State};
 use super::ledger::LedgerError;
 use super::peers::{self, PeerSeen};
+use super::record::now;
 use super::status::ServerState;
-use crate::topology::{Cause, Durability, Extra, InSync, NoAuthority, Topology, TopologyState};
+use crate::topology::{Cause, Durability, Extra, InSync, NoAuthority, Position, Topology, TopologyState};
 
 /// A replica confirms what it has every second, whatever happens: one that was silent for longer than this is not
 /// waited for, because it may be a connection that broke without a word and was replaced by another.
@@ -27,6 +28,9 @@ const RETURN_POLL: Duration = Duration::from_millis(3);
 /// up an epoch.
 const RETRY_MIN: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(60);
+/// How often the outbox's position is published, while purchases are acknowledged without the other center and it
+/// moves: a change of the topology each time.
+const PUBLISH_INTERVAL: Duration = Duration::from_secs(5);
 /// An attached replica that no center knows is an alarm after this long; one that reconnects may be counted twice
 /// for a moment.
 const UNKNOWN_AFTER: Duration = Duration::from_secs(3);
@@ -42,6 +46,8 @@ pub(super) struct Replicas {
     unknown: Option<(Instant, bool)>,
     /// When the next return may be tried, and how many came to nothing.
     retry: Option<(Instant, u32)>,
+    /// When the outbox's position was published last, and how far it was.
+    published: Option<(Instant, u64)>,
 }
 
 impl Replicas {
@@ -74,13 +80,42 @@ impl Guardian {
             self.authority.admit(self.options.partition, fence.clone(), run_id, online);
             self.replicas.told = Some(online);
         }
-        if topology.durability == Durability::Local || topology.centers.len() < 2 {
+        if topology.centers.len() < 2 {
+            return;
+        }
+        if topology.effective_durability() == Durability::Local {
+            self.publish_position(standing).await;
+        }
+        if topology.durability == Durability::Local {
             return;
         }
         if let Err(error) = self.keep_in_sync(topology, standing, online, &known).await {
             // What is still on its way on this connection is anybody's guess.
             self.ledger.disconnect();
             tracing::warn!(partition = self.options.partition, %error, "the replicas could not be put in order");
+        }
+    }
+
+    /// Says how far the outbox is, so that the other center can say what is exposed when this one is gone (H6).
+    async fn publish_position(&mut self, standing: &Standing) {
+        let State::Admitted { fence, .. } = &self.state else { return };
+        let due = self
+            .replicas
+            .published
+            .is_none_or(|(at, seq)| at.elapsed() >= PUBLISH_INTERVAL && seq != standing.seq);
+        if !due {
+            return;
+        }
+        // What cannot be written now is written at the next turn.
+        self.replicas.published = Some((Instant::now(), standing.seq));
+        let partition = self.options.partition;
+        let position = Position { epoch: fence.epoch, seq: standing.seq, at: now(), extra: Extra::new() };
+        let published = self.ledger.change_as_master(move |topology| {
+            topology.positions.insert(partition, position.clone());
+            Ok(())
+        });
+        if let Err(error) = published.await {
+            tracing::debug!(partition, %error, "the outbox's position is not published");
         }
     }
 
@@ -157,8 +192,9 @@ impl Guardian {
             .change_as_master(move |topology| {
                 let before = topology.in_sync.len();
                 topology.in_sync.retain(|entry| entry.center != lost);
-                if topology.in_sync.is_empty() {
+                if topology.in_sync.is_empty() && topology.state != TopologyState::Degraded {
                     topology.state = TopologyState::Degraded;
+                    topology.degraded_since = Some(now());
                 }
                 Ok(topology.in_sync.len() < before)
             })
@@ -219,6 +255,8 @@ impl Guardian {
                     topology.in_sync.retain(|other| other.center != entry.center);
                     topology.in_sync.push(entry.clone());
                     topology.state = TopologyState::Steady;
+                    topology.degraded_since = None;
+                    topology.positions.remove(&partition);
                 }
                 Ok(())
             })

@@ -15,6 +15,7 @@ use tokio::fs::{self, File};
 use tokio::io::AsyncWriteExt;
 
 use super::ledger::LedgerError;
+use crate::topology::Tail;
 
 /// Entries that are compared or written at once.
 const PAGE: usize = 256;
@@ -30,6 +31,12 @@ pub(crate) struct SavedTail {
     pub(crate) entries: u64,
     /// How many orders these hold.
     pub(crate) orders: u64,
+}
+
+impl From<&SavedTail> for Tail {
+    fn from(saved: &SavedTail) -> Tail {
+        Tail { file: saved.file.display().to_string(), entries: saved.entries, orders: saved.orders }
+    }
 }
 
 /// Whose tail it is.

@@ -34,6 +34,8 @@ pub(super) async fn watch(shared: Arc<Shared>) {
 struct Watched {
     shift: Shift,
     since: Instant,
+    /// How long its coordinator has for this part of it.
+    within: Duration,
     deadline: Instant,
 }
 
@@ -44,11 +46,15 @@ async fn watch_once(shared: &Arc<Shared>) {
         let topology = changes.borrow_and_update().clone();
         watched = match (unfinished(&topology), watched) {
             (None, _) => None,
-            (Some((shift, _)), Some(before)) if same(shift, &before.shift) => Some(before),
+            (Some((shift, within)), Some(before))
+                if same(shift, &before.shift) && within == before.within =>
+            {
+                Some(before)
+            }
             (Some((shift, within)), _) => {
                 let since = Instant::now();
                 let jitter = Duration::from_millis(rand::random_range(0..=JITTER_MS));
-                Some(Watched { shift: shift.clone(), since, deadline: since + within + jitter })
+                Some(Watched { shift: shift.clone(), since, within, deadline: since + within + jitter })
             }
         };
         let due = async {

@@ -138,7 +138,9 @@ pub(crate) fn judge(place: &Place, topology: &Topology, seen: &Seen, init: InitP
     if seen.stored > seen.last {
         return rolled_back(format!("it ends at {}, orders up to {} are stored", seen.last, seen.stored));
     }
-    let promoted_before = run.is_some_and(|run| run.run_id == seen.standing.run_id);
+    // An epoch in which writes are taken is written down before: a forced shift relies on it.
+    let promoted_before =
+        run.is_some_and(|run| run.run_id == seen.standing.run_id && run.epoch == fence.epoch);
     if promoted_before && fence == topology.fence() && matches!(seen.standing.role, Role::Master { .. }) {
         return Verdict::Admit;
     }

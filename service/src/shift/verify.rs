@@ -9,7 +9,7 @@ use super::coordinator::{Coordinator, Stop, passed};
 use super::ledger::LedgerError;
 use super::precheck::{Checks, connect, verdict};
 use super::record;
-use crate::topology::{CheckVerdict, ShiftMode, ShiftState, StepState};
+use crate::topology::{Check, CheckVerdict, ShiftMode, ShiftState, StepState};
 
 /// How long the old master may take to be attached.
 const ATTACHED_WITHIN: Duration = Duration::from_secs(5);
@@ -23,7 +23,8 @@ impl Coordinator {
     /// could not be made the master.
     pub(super) async fn verify(&mut self, unpromoted: Option<String>) -> Result<(), Stop> {
         let step = self.begin_step("verify");
-        let checks = self.compare().await;
+        let (checks, silent) = self.compare().await;
+        let unpromoted = unpromoted.or(silent);
         let passed = passed(&checks) && unpromoted.is_none();
         let state = if passed { StepState::Done } else { StepState::Failed };
         self.finish_step(step, state, None, checks);
@@ -31,7 +32,7 @@ impl Coordinator {
         let lossy = self.shift.exposure.as_ref().filter(|exposure| !exposure.lossless);
         self.shift.message = Some(match (unpromoted, passed, lossy) {
             (Some(reason), ..) => format!(
-                "center {to} is the master, but its Redis could not be promoted: {reason}. Sales go on when it is \
+                "center {to} is the master, but its Redis does not serve: {reason}. Sales go on when it is \
                  back; or go back with `seckill master shift --to {from} --mode forced`"
             ),
             (None, false, _) => format!(
@@ -50,15 +51,18 @@ impl Coordinator {
         concluded
     }
 
-    async fn compare(&mut self) -> Vec<crate::topology::Check> {
+    /// The comparisons, and why the target's server does not answer them.
+    async fn compare(&mut self) -> (Vec<Check>, Option<String>) {
         let mut checks = Checks(Vec::new());
+        let mut silent = None;
         if let Err(error) = self.compare_target(&mut checks).await {
             checks.add("target_answers", format!("no: {error}"), "yes", CheckVerdict::Failed);
+            silent = Some(error.to_string());
         }
         if self.shift.mode == ShiftMode::Planned {
             self.compare_source(&mut checks).await;
         }
-        checks.0
+        (checks.0, silent)
     }
 
     async fn compare_target(&mut self, checks: &mut Checks) -> Result<(), LedgerError> {

@@ -10,6 +10,7 @@ use seckill_ledger::Fence;
 use tokio::sync::{Notify, watch};
 
 use super::document::{Durability, Topology};
+use super::shift::ShiftMode;
 
 /// The lease ends this much earlier than it was granted for (a share of it), because the clocks of two machines
 /// do not run at exactly the same rate (A1). NTP slews by at most 0.05 %.
@@ -316,6 +317,9 @@ impl Authority {
             return self.grant().map(|grant| grant.fence.clone());
         }
         match &self.inputs().confirmed {
+            Some(Confirmation { topology, .. }) if self.is_left(topology) => {
+                Err(NoAuthority::new(Cause::Shifting, "a forced shift away from this center is recorded"))
+            }
             Some(Confirmation { topology, since_ns })
                 if boottime_ns() < since_ns.saturating_add(self.shared.lease_ns) =>
             {
@@ -349,8 +353,21 @@ impl Authority {
     /// A read of the topology, sent after `since_ns`, showed this.
     pub(crate) fn confirm(&self, topology: &Arc<Topology>, since_ns: u64) {
         let mut inputs = self.inputs();
+        let since_ns = match &inputs.confirmed {
+            // A3: it is shown, and confirms nothing.
+            _ if !self.is_left(topology) => since_ns,
+            Some(before) => before.since_ns,
+            None => 0,
+        };
         inputs.confirmed = Some(Confirmation { topology: Arc::clone(topology), since_ns });
         self.publish(&inputs);
+    }
+
+    /// Whether a forced shift away from this center is recorded: whoever runs it takes this center for lost.
+    fn is_left(&self, topology: &Topology) -> bool {
+        topology.master_shift().is_some_and(|shift| {
+            shift.mode == ShiftMode::Forced && self.shared.center.as_ref() == Some(&shift.from)
+        })
     }
 
     /// The topology could not be read: publishes a lease that ran out meanwhile.

@@ -60,6 +60,13 @@ pub struct Topology {
     /// Partitions whose master lost data, and copies them from another center's server before it is opened.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub restoring: BTreeMap<u8, Restore>,
+    /// How far the outbox of each partition's master was, while purchases are acknowledged without the other center:
+    /// what may be missing there when the master is gone (H6).
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub positions: BTreeMap<u8, Position>,
+    /// Since when no replica is in sync that should be, RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub degraded_since: Option<String>,
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,
@@ -85,6 +92,8 @@ impl Topology {
             ledger_runs: BTreeMap::new(),
             adopting: BTreeSet::new(),
             restoring: BTreeMap::new(),
+            positions: BTreeMap::new(),
+            degraded_since: None,
             extra: Extra::new(),
         }
     }
@@ -203,6 +212,20 @@ pub struct LedgerRun {
     pub run_id: String,
     /// The epoch that its fence was set to. A ledger that shows an earlier one has been rolled back.
     pub epoch: Epoch,
+    /// Fields of later releases.
+    #[serde(flatten)]
+    pub extra: Extra,
+}
+
+/// How far a master's outbox was.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Position {
+    /// The epoch of its fence.
+    pub epoch: Epoch,
+    /// The sequence of its last entry.
+    pub seq: u64,
+    /// When, RFC 3339.
+    pub at: String,
     /// Fields of later releases.
     #[serde(flatten)]
     pub extra: Extra,

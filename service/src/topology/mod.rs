@@ -25,8 +25,8 @@ pub(crate) use authority::boottime_ns;
 pub use authority::{Acknowledge, Authority, AuthorityStatus, Cause, Grant, NoAuthority};
 pub use centers::split_shards;
 pub use document::{
-    Center, Durability, Extra, InSync, LedgerRun, Limits, Rate, Restore, SCHEMA, Topology, TopologyState,
-    new_ledger_id,
+    Center, Durability, Extra, InSync, LedgerRun, Limits, Position, Rate, Restore, SCHEMA, Topology,
+    TopologyState, new_ledger_id,
 };
 pub use etcd_store::{EtcdOptions, EtcdStore};
 pub use file_store::FileStore;
@@ -34,6 +34,6 @@ pub use handle::{TopologyHandle, UpdateError};
 pub use instances::{Instance, InstanceId, InstanceStore, Instances};
 pub use shift::{
     Check, CheckVerdict, Coordinator, Exposure, HISTORY, Shift, ShiftKind, ShiftMode, ShiftPhase, ShiftState,
-    Step, StepState,
+    Step, StepState, Tail,
 };
 pub use store::{Changes, Revision, StoreError, TopologyStore, Versioned};

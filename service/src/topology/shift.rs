@@ -63,6 +63,9 @@ pub struct Shift {
     /// The run of the old master's server, if it was there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub source_run: Option<String>,
+    /// What only the old master had when it came back, after a forced shift.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tails: Vec<Tail>,
     /// Whether only the checks were made: such a shift is recorded nowhere.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub dry_run: bool,
@@ -136,6 +139,17 @@ pub struct Coordinator {
     pub instance: String,
     /// How many had it before: a coordinator that was replaced sees another number in the record and stops.
     pub term: u32,
+}
+
+/// Outbox entries that only a server had when it came back: saved before it became a replica (S3).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Tail {
+    /// The file, on the host of that center's service.
+    pub file: String,
+    /// How many entries it holds.
+    pub entries: u64,
+    /// How many orders these hold.
+    pub orders: u64,
 }
 
 /// What a forced shift may lose.

@@ -3,8 +3,6 @@
 mod behind;
 mod faults;
 mod load;
-mod shift;
-mod shift_refused;
 
 use http::Method;
 use serde_json::Value;

@@ -1,48 +1,144 @@
 //! Two guardians, each with a redis-server and a service of its own, and one topology.
 
 use std::collections::BTreeMap;
+use std::net::Ipv4Addr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
+use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use rustix::process::{Pid, Signal, kill_process};
 use seckill_ledger::outbox;
 use seckill_ledger::roles::Standing;
+use seckill_parts::Link;
 
 use super::*;
 use crate::config::{CenterSpec, ClusterConfig};
-use crate::topology::{Acknowledge, Durability, TopologyState};
+use crate::topology::{
+    Acknowledge, Changes, Durability, Instance, Instances, Revision, StoreError, TopologyState,
+    TopologyStore, Versioned,
+};
+
+mod failures;
+mod forced;
+mod planned;
+mod shifts;
 
 /// Short, so that a test does not wait long, and far above what a busy machine needs for an answer.
 const DEGRADE_AFTER: Duration = Duration::from_secs(3);
 
+/// Above what any of these tests waits for.
+const LEASE: Duration = Duration::from_secs(20);
+
 struct Center {
     server: RedisServer,
     service: Option<Service>,
+    shifts: Option<Shifts>,
+    /// Whether its service reaches the topology.
+    cut_off: Arc<AtomicBool>,
 }
 
 struct Pair {
     dir: TempDir,
     cluster: ClusterConfig,
     centers: BTreeMap<&'static str, Center>,
+    lease: Duration,
+    /// The way to each center's Redis from the other one, if there is any between them.
+    links: BTreeMap<&'static str, Link>,
+}
+
+/// One center's way to the topology, which can be cut.
+#[derive(Debug)]
+struct Reached {
+    store: FileStore,
+    cut_off: Arc<AtomicBool>,
+}
+
+impl Reached {
+    fn ask<T: Send + 'static>(
+        &self,
+        what: impl Future<Output = Result<T, StoreError>> + Send + 'static,
+    ) -> BoxFuture<'_, Result<T, StoreError>> {
+        Box::pin(async move {
+            if self.cut_off.load(Ordering::SeqCst) {
+                let place = self.store.path().display().to_string();
+                return Err(StoreError::Unavailable {
+                    action: "reached",
+                    place,
+                    reason: "cut off".to_owned(),
+                });
+            }
+            what.await
+        })
+    }
+}
+
+impl TopologyStore for Reached {
+    fn load(&self) -> BoxFuture<'_, Result<Versioned, StoreError>> {
+        let store = self.store.clone();
+        self.ask(async move { TopologyStore::load(&store).await })
+    }
+
+    fn compare_and_set<'a>(
+        &'a self,
+        expected: Option<Revision>,
+        topology: &'a Topology,
+    ) -> BoxFuture<'a, Result<Revision, StoreError>> {
+        let (store, topology) = (self.store.clone(), topology.clone());
+        self.ask(async move { TopologyStore::compare_and_set(&store, expected, &topology).await })
+    }
+
+    fn watch(&self, after: Revision) -> Changes {
+        let cut_off = Arc::clone(&self.cut_off);
+        let there = move |_: &Result<Versioned, StoreError>| {
+            let there = !cut_off.load(Ordering::SeqCst);
+            async move { there }
+        };
+        TopologyStore::watch(&self.store, after).filter(there).boxed()
+    }
+
+    fn confirm_interval(&self) -> Duration {
+        TopologyStore::confirm_interval(&self.store)
+    }
+
+    fn place(&self) -> String {
+        TopologyStore::place(&self.store)
+    }
 }
 
 impl Pair {
     /// Two centers, a the master, with this durability; nothing runs but the servers.
     async fn stopped(durability: Durability) -> Pair {
+        Pair::stopped_with(durability, LEASE, Duration::ZERO).await
+    }
+
+    /// The same with this lease, and with this round trip between the two Redis servers.
+    async fn stopped_with(durability: Durability, lease: Duration, round_trip: Duration) -> Pair {
+        let mut links = BTreeMap::new();
         let mut centers = BTreeMap::new();
         let mut specs = Vec::new();
         for (number, id) in [(1, "a"), (2, "b")] {
             let server = RedisServer::start_with(&[("replicaof", "127.0.0.1 1")]).await;
+            let mut port = server.port();
+            if !round_trip.is_zero() {
+                let link = Link::start((Ipv4Addr::LOCALHOST, port).into()).unwrap();
+                link.set_delay(round_trip / 2, Duration::ZERO);
+                port = link.port();
+                links.insert(id, link);
+            }
             specs.push(CenterSpec {
                 id: CenterId::new(id).unwrap(),
                 number: CenterNumber::new(number).unwrap(),
                 public_url: String::new(),
                 admin_url: String::new(),
                 internal_url: String::new(),
-                ledger: vec![format!("127.0.0.1:{}", server.port())],
+                ledger: vec![format!("127.0.0.1:{port}")],
             });
-            centers.insert(id, Center { server, service: None });
+            let cut_off = Arc::new(AtomicBool::new(false));
+            centers.insert(id, Center { server, service: None, shifts: None, cut_off });
         }
         let cluster = ClusterConfig { durability, centers: specs };
-        Pair { dir: tempfile::tempdir().unwrap(), cluster, centers }
+        Pair { dir: tempfile::tempdir().unwrap(), cluster, centers, lease, links }
     }
 
     /// Two centers that sell, b's server in sync.
@@ -56,6 +152,20 @@ impl Pair {
 
     fn store(&self) -> FileStore {
         FileStore::new(self.dir.path().join("topology.json"))
+    }
+
+    fn reached(&self, id: &str) -> Reached {
+        Reached { store: self.store(), cut_off: Arc::clone(&self.centers[id].cut_off) }
+    }
+
+    fn shift_options(&self, id: &str) -> ShiftOptions {
+        ShiftOptions {
+            center: CenterId::new(id).unwrap(),
+            instance: format!("instance-{id}-{}", rand::random::<u32>()),
+            partition: 0,
+            redis_url: self.centers[id].server.url(),
+            lease_ttl: self.lease,
+        }
     }
 
     fn topology(&self) -> Topology {
@@ -77,9 +187,10 @@ impl Pair {
 
     async fn start(&mut self, id: &'static str) {
         let center = CenterId::new(id).unwrap();
-        let authority = Authority::new(center.clone(), Duration::from_secs(20), 1);
+        let authority = Authority::new(center.clone(), self.lease, 1);
         let first = Topology::of_centers(new_ledger_id(), &self.cluster, Limits::default()).unwrap();
-        let topology = TopologyHandle::open_or_create(self.store(), authority.clone(), first).await.unwrap();
+        let topology =
+            TopologyHandle::open_or_create(self.reached(id), authority.clone(), first).await.unwrap();
         let folder = self.dir.path().join(id);
         std::fs::create_dir_all(&folder).unwrap();
         let url = format!("sqlite:{}", folder.join("orders.db").display());
@@ -104,8 +215,23 @@ impl Pair {
             token.clone(),
         )
         .unwrap();
+        let shifts = Shifts::spawn(
+            self.shift_options(id),
+            topology.clone(),
+            authority.clone(),
+            Instances::fixed(vec![Instance::new(
+                CenterId::new(id).unwrap(),
+                String::new(),
+                String::new(),
+                String::new(),
+            )]),
+            &tracker,
+            token.clone(),
+        )
+        .unwrap();
         let service = Service { topology, authority, orders, guardian, tracker, token };
-        self.centers.get_mut(id).unwrap().service = Some(service);
+        let center = self.centers.get_mut(id).unwrap();
+        (center.service, center.shifts) = (Some(service), Some(shifts));
     }
 
     async fn stop(&mut self, id: &str) {
@@ -285,7 +411,11 @@ async fn a_replica_that_stands_still_is_taken_off_and_comes_back_at_a_later_epoc
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn while_a_shift_is_recorded_nobody_is_taken_off_and_no_role_changes() {
     let mut pair = Pair::in_sync().await;
-    pair.change(|topology| topology.shift = Some(Box::new(crate::topology::Shift::of_a_test())));
+    // Its coordinator lives, as far as anybody can tell.
+    pair.change(|topology| {
+        let shift = crate::topology::Shift::of_a_test();
+        topology.shift = Some(Box::new(crate::topology::Shift { freeze_ms: 60_000, ..shift }));
+    });
     eventually("a sees the shift", async || pair.service("a").authority.grant().is_err().then_some(())).await;
     let topology = pair.topology();
     pair.server("b").restart().await;

@@ -193,6 +193,33 @@ async fn another_master_or_a_recorded_shift_ends_authority() {
     assert_eq!(service.authority.grant().unwrap_err().cause, Cause::NotMaster);
 }
 
+// A3: whoever runs it waits out the lease from the record on, so a later read must not begin another.
+#[tokio::test]
+async fn a_read_that_shows_a_forced_shift_away_confirms_nothing() {
+    let service = Service::start(Duration::from_secs(5)).await;
+    service.admit();
+    let record = |mode| {
+        move |topology: &mut Topology| {
+            topology.shift = Some(Box::new(Shift { mode, ..Shift::of_a_test() }));
+            Ok::<_, ()>(())
+        }
+    };
+    service.handle.update(record(ShiftMode::Planned)).await.unwrap();
+    service.authority.confirmed().unwrap();
+    service.handle.update(record(ShiftMode::Forced)).await.unwrap();
+    assert_eq!(service.authority.grant().unwrap_err().cause, Cause::Shifting);
+    assert_eq!(service.authority.confirmed().unwrap_err().cause, Cause::Shifting);
+    service
+        .handle
+        .update(|topology| {
+            topology.shift = None;
+            Ok::<_, ()>(())
+        })
+        .await
+        .unwrap();
+    service.authority.confirmed().unwrap();
+}
+
 #[tokio::test]
 async fn authority_lapses_while_the_topology_cannot_be_read_and_comes_back() {
     let service = Service::start(Duration::from_millis(1000)).await;
