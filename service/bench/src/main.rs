@@ -17,8 +17,11 @@ mod process;
 mod purchases;
 mod serve;
 mod service;
+mod shift_rows;
 mod table;
+mod two_services;
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -57,6 +60,12 @@ enum Command {
         #[command(subcommand)]
         kind: serve::Kind,
     },
+    /// Be the `seckill` binary (started by the bench itself).
+    #[command(hide = true)]
+    Seckill {
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<OsString>,
+    },
 }
 
 /// How much is measured.
@@ -81,6 +90,9 @@ impl Scope {
 
 fn main() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
+    if let Some(Command::Seckill { args }) = cli.command {
+        return Ok(seckill::cli::main(std::iter::once("seckill".into()).chain(args)));
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     match cli.command {
         Some(Command::Serve { kind }) => {
@@ -96,6 +108,7 @@ fn main() -> anyhow::Result<ExitCode> {
             })?;
             Ok(ExitCode::SUCCESS)
         }
+        Some(Command::Seckill { .. }) => unreachable!("it has a runtime of its own"),
         None => {
             let scope = Scope {
                 only: cli.only,
@@ -113,6 +126,7 @@ async fn measure(scope: &Scope, output: &std::path::Path) -> anyhow::Result<Exit
     let mut rows = http_rows::measure(scope).await?;
     rows.extend(ledger_rows::measure(scope).await?);
     rows.extend(centers_rows::measure(scope).await?);
+    rows.extend(shift_rows::measure(scope).await?);
     rows.extend(orders_rows::measure(scope).await?);
     rows.extend(drain_rows::measure(scope).await?);
     table::write(output, &ledger_rows::redis_version().await, &rows)?;

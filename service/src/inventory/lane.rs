@@ -277,7 +277,9 @@ impl Lane {
     /// Keeps purchases that have just come.
     fn take_in(&mut self, waiting: impl Iterator<Item = Waiting>, keeper: Keeper) {
         let moving = self.route.is_shifting();
-        for waiting in waiting {
+        let refusal = self.route.refusal();
+        for mut waiting in waiting {
+            waiting.why = waiting.why.or_else(|| refusal.clone());
             match waiting.sent_on {
                 Some(_) if moving => waiting.refuse(PurchaseError::Shifting),
                 Some(_) => self.held.take_in(waiting, Keeper::Authority),

@@ -141,6 +141,16 @@ impl Route {
         self.gate() == Gate::Shifting
     }
 
+    /// Why this center's Redis takes no purchases, where it is the one to take them: what those are told whose time is
+    /// over before that has changed.
+    pub(super) fn refusal(&self) -> Option<PurchaseError> {
+        match self.authority.grant() {
+            Ok(_) => None,
+            Err(refusal) if refusal.cause == Cause::NotMaster => None,
+            Err(refusal) => Some(PurchaseError::NoAuthority(refusal.reason)),
+        }
+    }
+
     /// The topology's epoch.
     pub(super) fn epoch(&self) -> Epoch {
         self.topology.current().epoch

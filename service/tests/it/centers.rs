@@ -21,6 +21,8 @@ use crate::up::free_base_port;
 
 /// Half of the round trip between centers, and how much it may be longer: 30 ms ± 10 ms both ways.
 const ONE_WAY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(10));
+/// How long a center without etcd may go on selling.
+pub(crate) const LEASE: Duration = Duration::from_secs(3);
 /// Lines of a center's log that a failed test shows.
 const LOG_LINES: usize = 80;
 
@@ -91,6 +93,8 @@ struct Side {
     /// How the other center reaches this one's Redis and internal listener.
     to_redis: Link,
     to_internal: Link,
+    /// How this center reaches etcd, if there is one.
+    to_etcd: Option<Link>,
     /// The URL of its order database, which may hold a password.
     database: String,
     child: Option<Child>,
@@ -119,12 +123,14 @@ impl Centers {
             let own = || format!("sqlite:{}/orders.db", folder.display());
             let database = options.databases.iter().find(|(of, _)| *of == which);
             let (to_redis, to_internal) = (Link::start(redis.address()), Link::start(internal));
+            let to_etcd = etcd.as_ref().map(|etcd| Link::start(etcd.address()).unwrap());
             sides.push(Side {
                 which,
                 config: folder.join("seckill.toml"),
                 redis,
                 to_redis: to_redis.unwrap(),
                 to_internal: to_internal.unwrap(),
+                to_etcd,
                 database: database.map_or_else(own, |(_, url)| url.clone()),
                 child: None,
                 output: Arc::default(),
@@ -187,13 +193,14 @@ log = "seckill=info,warn"
         {
             writeln!(text, "[[auth.{ring}.keys]]\nalg = \"HS256\"\nsecret_file = \"{dir}/{file}\"").unwrap();
         }
-        match &self.etcd {
+        match &side.to_etcd {
             None => writeln!(text, "[topology]\npath = \"{dir}/topology.json\"").unwrap(),
-            Some(etcd) => writeln!(
+            Some(link) => writeln!(
                 text,
-                "[topology]\nstore = \"etcd\"\nlease_ttl_ms = 3000\n[topology.etcd]\nendpoints = [\"{}\"]\n\
+                "[topology]\nstore = \"etcd\"\nlease_ttl_ms = {}\n[topology.etcd]\nendpoints = [\"http://{}\"]\n\
                  confirm_interval_ms = 300",
-                etcd.endpoint()
+                LEASE.as_millis(),
+                link.address()
             )
             .unwrap(),
         }
@@ -254,6 +261,20 @@ log = "seckill=info,warn"
         child.wait().unwrap();
     }
 
+    /// A center's service stands still, or goes on.
+    pub(crate) fn pause_service(&self, which: Which, still: bool) {
+        let child = self.side(which).child.as_ref().expect("it runs");
+        let pid = rustix::process::Pid::from_child(child);
+        let signal = if still { rustix::process::Signal::STOP } else { rustix::process::Signal::CONT };
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
+    /// Cuts a center off from everybody but its own shoppers, or lets it back.
+    pub(crate) fn cut_off(&self, which: Which, state: LinkState) {
+        self.between(state);
+        self.side(which).to_etcd.as_ref().expect("the topology is in etcd").set(state);
+    }
+
     /// A center's redis-server.
     pub(crate) fn redis(&self, which: Which) -> &Redis {
         &self.side(which).redis
@@ -306,18 +327,41 @@ log = "seckill=info,warn"
 
     /// Runs a command of the binary against a center.
     pub(crate) fn cli(&self, which: Which, args: &[&str]) -> (i32, String, String) {
-        let output = Command::new(env!("CARGO_BIN_EXE_seckill"))
-            .args(args)
-            .env("SECKILL_ADMIN_URL", format!("http://127.0.0.1:{}", port(self.base_port, which) + 1))
-            .env("SECKILL_ADMIN_TOKEN_FILE", self.dir.path().join("admin-token"))
-            .stdin(Stdio::null())
-            .output()
-            .unwrap();
+        let output = self.prepared(which, args).output().unwrap();
         (
             output.status.code().unwrap_or(-1),
             String::from_utf8_lossy(&output.stdout).into_owned(),
             String::from_utf8_lossy(&output.stderr).into_owned(),
         )
+    }
+
+    /// A command of the binary against a center, not started yet.
+    pub(crate) fn prepared(&self, which: Which, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_seckill"));
+        command
+            .args(args)
+            .env("SECKILL_ADMIN_URL", format!("http://127.0.0.1:{}", port(self.base_port, which) + 1))
+            .env("SECKILL_ADMIN_TOKEN_FILE", self.dir.path().join("admin-token"))
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// The same while other things go on in this runtime.
+    pub(crate) fn command(&self, which: Which, args: &[&str]) -> (i32, String, String) {
+        tokio::task::block_in_place(|| self.cli(which, args))
+    }
+
+    /// Waits until a center is the master, sells, and the other one has everything that is acknowledged.
+    pub(crate) async fn until_master(&self, which: Which) -> Value {
+        eventually("the new master sells and the other one follows", async || {
+            let topology = self.topology(which).await;
+            let steady = topology["state"] == "steady"
+                && topology["master"] == which.id()
+                && topology["in_sync"][0]["center"] == which.other().id();
+            let sells = self.ready(which).await["authority"]["granted"] == true;
+            (steady && sells).then_some(topology)
+        })
+        .await
     }
 
     /// The URL of a center's order database.

@@ -3,6 +3,8 @@
 mod behind;
 mod faults;
 mod load;
+mod shift;
+mod shift_refused;
 
 use http::Method;
 use serde_json::Value;
