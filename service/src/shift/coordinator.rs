@@ -131,6 +131,7 @@ impl Coordinator {
                     // The answer to `decided` was lost, and it was decided.
                     Ok(Aborted::Decided(_)) => {
                         self.shift.phase = ShiftPhase::Decided;
+                        self.hold_source().await;
                         outcome = self.forward().await;
                     }
                     Err(stop) => outcome = Err(stop),
@@ -171,6 +172,7 @@ impl Coordinator {
         if let Some(step) = self.shift.steps.iter().rposition(|step| step.state == StepState::Running) {
             self.finish_step(step, StepState::Failed, Some(reason.to_owned()), Vec::new());
         }
+        self.shift.held_ms = Some(self.held_ms());
         let pausing = self.shift.kind == ShiftKind::Master && self.shift.mode == ShiftMode::Planned;
         // Nothing that is still on its way on the other connection may hold this up.
         self.source = None;

@@ -6,7 +6,7 @@
 
 use std::time::Duration;
 
-use seckill_ledger::roles;
+use seckill_ledger::{Fence, roles};
 
 use super::coordinator::{Coordinator, Stop};
 use super::precheck::connect;
@@ -70,6 +70,13 @@ impl Coordinator {
         };
         if !standing.settled {
             return Err(gone("it is loading, or copying everything".to_owned()));
+        }
+        // The master's guardian may have begun an epoch in the moment in which the shift was recorded.
+        let reached = standing.fence.as_deref().and_then(|text| text.parse::<Fence>().ok());
+        if let Some(reached) = reached.filter(|reached| *reached != self.fence())
+            && reached.epoch >= self.shift.epoch
+        {
+            return Err(gone(format!("its fence is at {reached} by now; ask again")));
         }
         let promised = self.shift.exposure.as_ref().is_some_and(|exposure| exposure.lossless);
         let now = record::exposure(&topology, &self.shift.to, self.shared.options.partition, &standing);

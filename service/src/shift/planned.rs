@@ -62,6 +62,10 @@ impl Coordinator {
         let Some(mut source) = self.source.take() else {
             return Err(Stop::Abort("there is no connection to the old master's Redis".to_owned()));
         };
+        // A coordinator that slept here must not hold up a master that is none of its business any more.
+        if Instant::now() >= until {
+            return Err(Stop::Abort("the coordinator itself was too slow".to_owned()));
+        }
         let fenced = handover::fence_and_pause(&mut source, &from, &to, PAUSE_MS, self.source_ping_s);
         let fenced = match tokio::time::timeout_at(until.into(), fenced).await {
             Ok(Ok(fenced)) => fenced,
@@ -284,7 +288,7 @@ impl Coordinator {
         }
     }
 
-    fn held_ms(&self) -> u64 {
+    pub(super) fn held_ms(&self) -> u64 {
         u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 }

@@ -415,6 +415,7 @@ pub(super) fn abort(topology: &mut Topology, held: &Shift, reason: &str) -> Resu
     topology.state = resting(topology);
     shift.state = ShiftState::Aborted;
     shift.steps.clone_from(&held.steps);
+    shift.held_ms = held.held_ms;
     shift.ended_at = Some(now());
     shift.message = Some(format!("{reason}; center {} stays the master, at a new epoch", shift.from));
     topology.remember_shift(shift.clone());

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use seckill_ledger::roles::{self, Role};
-use seckill_ledger::{missing, read};
+use seckill_ledger::{Fence, missing, read};
 
 use super::coordinator::{Coordinator, Stop, passed};
 use super::ledger::LedgerError;
@@ -72,9 +72,11 @@ impl Coordinator {
         let role = if matches!(standing.role, Role::Master { .. }) { "master" } else { "replica" };
         checks.add("target_role", role, "master", verdict(role == "master"));
         // Since then another epoch may have begun, for a reason of its own.
-        let wanted = topology.fence().to_string();
+        let wanted = self.fence();
+        let held = standing.fence.as_deref().and_then(|text| text.parse::<Fence>().ok());
+        let fits = held.is_some_and(|held| held.at(wanted.epoch) == wanted && held.epoch >= wanted.epoch);
         let found = standing.fence.clone().unwrap_or_else(|| "none".to_owned());
-        checks.add("target_fence", found.clone(), wanted.clone(), verdict(found == wanted));
+        checks.add("target_fence", found, format!(">= {wanted}"), verdict(fits));
         let same = Some(&standing.run_id) == self.shift.target_run.as_ref();
         let run_verdict = if same { CheckVerdict::Ok } else { CheckVerdict::Warning };
         checks.add("target_run", if same { "as checked" } else { "restarted" }, "as checked", run_verdict);
