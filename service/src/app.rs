@@ -1,42 +1,48 @@
 //! The service of one center, put together: `seckill serve`, and each center of `seckill up`.
 //!
-//! It starts in the order in which parts need each other and ends in the reverse one: first the listeners stop
-//! taking connections and finish what they have, then the lanes answer what waits, then the workers stop after
-//! the step that they are in.
+//! What is wrong with the configuration ends the start before anything is opened. Then the listeners answer, if only
+//! that the service is starting ([`crate::boot`]), and everything else starts in the order in which parts need each
+//! other. The end is the reverse: first the listeners stop taking connections and finish what they have, then the
+//! lanes answer what waits, then the workers stop after the step that they are in.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use seckill_domain::CenterId;
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::admission::{ClientAddress, Limiter, open_rings};
+use crate::admission::{ClientAddress, Limiter, Tickets, Tokens, open_rings};
 use crate::audit;
-use crate::config::{Config, QueueKind};
-use crate::cross_center::CrossCenter;
+use crate::boot::{Doors, wait_for};
+use crate::config::{Config, InternalTls, QueueKind, SecretUrl, Stores};
 use crate::cross_center::session::Sessions;
+use crate::cross_center::{CrossCenter, Keyring};
 use crate::http::{
-    self, AdminState, Auditor, InternalState, PublicState, Readiness, Relay, ServeOptions, Stage,
-    admin_router, internal_router, public_router,
+    AdminState, Auditor, InternalState, PublicState, Relay, Stage, admin_router, internal_router,
+    public_router,
 };
 use crate::inventory::{Inventory, Parts};
 use crate::orders::{
-    KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Queue, StoreOptions, WorkerOptions,
-    Workers,
+    self, KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Queue, StoreOptions,
+    WorkerOptions, Workers,
 };
 use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess, ShiftOptions, Shifts};
 use crate::telemetry::Metrics;
 use crate::topology::{
-    Authority, Cause, Center, Instance, Instances, Limits, Topology, TopologyHandle, new_ledger_id,
+    Authority, Cause, Center, Instance, Instances, Limits, StoreError, Topology, TopologyHandle, UpdateError,
+    new_ledger_id,
 };
 
 /// The partition that exists for now.
 const PARTITION: u8 = 0;
+
+/// Properties of the way to a center's brokers.
+type Brokers = Vec<(String, String)>;
 
 /// How often the start looks whether the first snapshot is there.
 const LOADED_POLL: Duration = Duration::from_millis(10);
@@ -95,8 +101,8 @@ pub async fn run(
     Ok(())
 }
 
-/// Everything between the start and the last answer. `opened` is the order database, to be closed when its users
-/// have ended.
+/// Everything between the start and the last answer. `opened` is the order database, to be closed when its users have
+/// ended.
 #[expect(clippy::too_many_arguments, reason = "the ends of tasks come from outside, each on its own")]
 async fn serve(
     config: &Config,
@@ -108,20 +114,86 @@ async fn serve(
     stop: &CancellationToken,
     fatal: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let (tokens, tickets) = open_rings(&config.auth).context("the keys cannot be used")?;
-    let keys = config.cross_center.keyring(config.center.id.clone())?;
-    let tls = config.internal_tls()?;
+    let found = Found::read(config)?;
     let metrics = Arc::new(Metrics::new());
-    let redis_url = config.ledger.partitions.first().context("ledger.partitions names no Redis")?;
+    let doors = Doors::open(
+        listeners,
+        found.tls.listener.clone(),
+        Duration::from_secs(config.shutdown.drain_deadline_s),
+        config.center.id.clone(),
+        Arc::clone(&metrics),
+    );
+    let outcome = work(config, found, start, &metrics, opened, &doors, shutdown, tracker, stop, fatal).await;
+    tracing::info!("draining");
+    doors.close().await;
+    outcome
+}
 
+/// What the configuration leads to outside of itself: files, addresses. What is wrong with it shows here, before
+/// anything is waited for.
+struct Found {
+    tokens: Tokens,
+    tickets: Tickets,
+    keys: Keyring,
+    tls: InternalTls,
+    stores: Stores,
+    database_url: SecretUrl,
+    redis_url: SecretUrl,
+    redis: redis::Client,
+    kafka: Option<BTreeMap<CenterId, Brokers>>,
+}
+
+impl Found {
+    fn read(config: &Config) -> anyhow::Result<Found> {
+        let (tokens, tickets) = open_rings(&config.auth).context("the keys cannot be used")?;
+        let redis_url = config.ledger.partitions.first().context("ledger.partitions names no Redis")?.clone();
+        Ok(Found {
+            tokens,
+            tickets,
+            keys: config.cross_center.keyring(config.center.id.clone())?,
+            tls: config.internal_tls()?,
+            stores: config.topology.stores().context("the topology's store cannot be used")?,
+            database_url: config.orders.whole_url()?,
+            redis: redis::Client::open(redis_url.as_str()).context("ledger.partitions")?,
+            redis_url,
+            kafka: kafka_clusters(config)?,
+        })
+    }
+}
+
+/// Everything between the first answer and the end. `opened` is the order database.
+#[expect(clippy::too_many_arguments, reason = "the ends of tasks come from outside, each on its own")]
+async fn work(
+    config: &Config,
+    found: Found,
+    start: Start,
+    metrics: &Arc<Metrics>,
+    opened: &mut Option<OrderStore>,
+    doors: &Doors,
+    shutdown: &CancellationToken,
+    tracker: &TaskTracker,
+    stop: &CancellationToken,
+    fatal: &CancellationToken,
+) -> anyhow::Result<()> {
+    let Found { tokens, tickets, keys, tls, stores, database_url, redis_url, redis: client, kafka } = found;
+    let (readiness, metrics) = (doors.readiness.clone(), Arc::clone(metrics));
     let lease_ttl = Duration::from_millis(config.topology.lease_ttl_ms);
     let authority = Authority::new(config.center.id.clone(), lease_ttl, 1);
-    metrics.register(|registry| authority.register(registry));
-    let stores = config.topology.stores().context("the topology's store cannot be used")?;
-    let topology = TopologyHandle::open_or_create(stores.topology, authority.clone(), first_topology(config))
-        .await
-        .context("the topology cannot be opened")?;
-    join(&topology, config).await?;
+    let read = wait_for("the topology", &readiness, shutdown, StoreError::is_transient, async || {
+        let store = Arc::clone(&stores.topology);
+        TopologyHandle::open_or_create(store, authority.clone(), first_topology(config)).await
+    });
+    let Some(topology) = read.await.context("the topology cannot be opened")? else { return Ok(()) };
+    let passes = |error: &UpdateError<String>| match error {
+        UpdateError::Store(error) => error.is_transient(),
+        UpdateError::Refused(_) => false,
+    };
+    let joined =
+        wait_for("the topology", &readiness, shutdown, passes, async || join(&topology, config).await);
+    let joined = joined.await.map_err(|error| anyhow::anyhow!("{error}"));
+    if joined.context("the configured centers do not fit the topology")?.is_none() {
+        return Ok(());
+    }
     topology.spawn(tracker, stop.clone());
     let me = Instance::new(
         config.center.id.clone(),
@@ -130,18 +202,20 @@ async fn serve(
         config.listen.internal_url(),
     );
     let instance_id = me.id.as_str().to_owned();
-    let instances = Instances::start(stores.instances, Some(me), tracker, stop.clone());
 
-    let options = StoreOptions {
+    let store_options = || StoreOptions {
         shards: topology.current().shards_of(&config.center.id).collect(),
         max_connections: config.orders.max_connections,
         ..StoreOptions::new(config.center.id.clone())
     };
-    let orders = OrderStore::open(&config.orders.whole_url()?, options)
-        .await
-        .context("the order database cannot be opened")?;
+    let read =
+        wait_for("the order database", &readiness, shutdown, orders::Error::is_transient, async || {
+            OrderStore::open(&database_url, store_options()).await
+        });
+    let Some(orders) = read.await.context("the order database cannot be opened")? else { return Ok(()) };
     *opened = Some(orders.clone());
     metrics.register(|registry| orders.metrics().register(registry));
+    let instances = Instances::start(stores.instances, Some(me), tracker, stop.clone());
 
     let guardian = Guardian::spawn(
         GuardianOptions {
@@ -188,8 +262,7 @@ async fn serve(
     };
     let inventory = Inventory::start(&parts, tracker, stop, fatal)?;
     metrics.register(|registry| inventory.metrics().register(registry));
-    let client = redis::Client::open(redis_url.as_str()).context("ledger.partitions")?;
-    let queue = queue(config, &topology, &metrics)?;
+    let queue = queue(config, kafka, &topology, &metrics);
     let centers =
         OrderCenters::new(config.center.id.clone(), orders.clone(), topology.clone(), cross.clone());
     let worker_options = WorkerOptions { cross, centers: Some(centers.clone()), ..worker_options(config) };
@@ -198,10 +271,9 @@ async fn serve(
     let limiter = Limiter::new(&topology.current().limits);
     tracker.spawn(limiter.clone().run(topology.subscribe(), stop.clone()));
 
-    let auditor = auditor(&inventory, &centers, workers.kafka().cloned());
+    let kafka = workers.kafka().cloned();
+    let auditor = auditor(&inventory, &centers, kafka.clone());
     let tokens = Arc::new(tokens);
-    let readiness = Readiness::default();
-    let ending = CancellationToken::new();
     let public = public_router(PublicState {
         inventory: inventory.clone(),
         orders: orders.clone(),
@@ -213,7 +285,7 @@ async fn serve(
         topology: topology.clone(),
         metrics: Arc::clone(&metrics),
         relay: relay.clone(),
-        shutdown: ending.clone(),
+        shutdown: doors.ending.clone(),
     });
     let admin = admin_router(AdminState {
         inventory: inventory.clone(),
@@ -233,29 +305,19 @@ async fn serve(
         readiness: readiness.clone(),
         metrics: Arc::clone(&metrics),
     });
-    let options = ServeOptions {
-        drain_deadline: Duration::from_secs(config.shutdown.drain_deadline_s),
-        ..ServeOptions::default()
-    };
-    let mut servers = JoinSet::new();
-    if let Some(listener) = listeners.internal {
-        let internal = internal_router(InternalState {
-            sessions,
-            inventory: inventory.clone(),
-            orders: orders.clone(),
-            topology,
-            public: public.clone(),
-            admin: admin.clone(),
-            tasks: tracker.clone(),
-            metrics,
-        });
-        let options = ServeOptions { tls: tls.listener, ..options.clone() };
-        servers.spawn(http::serve(listener, internal, options, ending.clone()));
-    }
-    servers.spawn(http::serve(listeners.public, public, options.clone(), ending.clone()));
-    // Probes and operators are answered until the end of the drain.
-    let admin_ending = CancellationToken::new();
-    let admin = tokio::spawn(http::serve(listeners.admin, admin, options, admin_ending.clone()));
+    doors.internal.replace(internal_router(InternalState {
+        sessions,
+        inventory: inventory.clone(),
+        orders: orders.clone(),
+        queue: kafka,
+        topology,
+        public: public.clone(),
+        admin: admin.clone(),
+        tasks: tracker.clone(),
+        metrics,
+    }));
+    doors.public.replace(public);
+    doors.admin.replace(admin);
 
     tokio::select! {
         () = shutdown.cancelled() => {}
@@ -275,22 +337,13 @@ async fn serve(
     }
     readiness.set(Stage::Draining);
     instances.leave();
-    tracing::info!("draining");
-    ending.cancel();
-    servers.join_all().await;
-    admin_ending.cancel();
-    let _ = admin.await;
     Ok(())
 }
 
 /// Makes the topology know the configured centers, and their addresses as they are configured now.
-async fn join(topology: &TopologyHandle, config: &Config) -> anyhow::Result<()> {
+async fn join(topology: &TopologyHandle, config: &Config) -> Result<(), UpdateError<String>> {
     let cluster = config.cluster.clone();
-    topology
-        .update(move |topology| topology.join(&cluster).map(drop))
-        .await
-        .map_err(|error| anyhow::anyhow!("{error}"))
-        .context("the configured centers do not fit the topology")
+    topology.update(move |topology| topology.join(&cluster).map(drop)).await
 }
 
 /// What a new topology starts with, at an epoch that the ledger's creation lifts: the configured centers, or this
@@ -315,9 +368,10 @@ fn first_topology(config: &Config) -> Topology {
         .unwrap_or_else(|| Topology::single(new_ledger_id(), config.center.id.clone(), center, limits))
 }
 
-fn queue(config: &Config, topology: &TopologyHandle, metrics: &Metrics) -> anyhow::Result<Queue> {
+/// The brokers of every center, where orders go through them.
+fn kafka_clusters(config: &Config) -> anyhow::Result<Option<BTreeMap<CenterId, Brokers>>> {
     let kafka = match config.queue {
-        QueueKind::Outbox => return Ok(Queue::Outbox),
+        QueueKind::Outbox => return Ok(None),
         QueueKind::Kafka => &config.kafka,
     };
     let mut centers =
@@ -326,16 +380,26 @@ fn queue(config: &Config, topology: &TopologyHandle, metrics: &Metrics) -> anyho
         let connection = cluster.connection().with_context(|| format!("kafka.centers.{id}"))?;
         centers.insert(id.clone(), connection);
     }
+    Ok(Some(centers))
+}
+
+fn queue(
+    config: &Config,
+    kafka: Option<BTreeMap<CenterId, Brokers>>,
+    topology: &TopologyHandle,
+    metrics: &Metrics,
+) -> Queue {
+    let Some(centers) = kafka else { return Queue::Outbox };
     let counted = KafkaMetrics::default();
     metrics.register(|registry| counted.register(registry));
-    Ok(Queue::Kafka(KafkaOptions {
+    Queue::Kafka(KafkaOptions {
         center: config.center.id.clone(),
         centers,
-        topic_prefix: kafka.topic_prefix.clone(),
-        replication_factor: kafka.replication_factor,
+        topic_prefix: config.kafka.topic_prefix.clone(),
+        replication_factor: config.kafka.replication_factor,
         topology: topology.subscribe(),
         metrics: counted,
-    }))
+    })
 }
 
 fn worker_options(config: &Config) -> WorkerOptions {
@@ -361,7 +425,7 @@ fn auditor(inventory: &Inventory, orders: &OrderCenters, kafka: Option<KafkaQueu
                 Ok(mut conn) => {
                     let mut report = audit::run(&orders, &mut conn, sale.as_ref()).await;
                     if let Some(kafka) = &kafka {
-                        audit::add_queue(&mut report, kafka, &mut conn).await;
+                        audit::add_queue(&mut report, kafka, &orders, &mut conn).await;
                     }
                     report
                 }

@@ -4,6 +4,7 @@ pub mod admission;
 pub mod app;
 pub mod archive;
 pub mod audit;
+mod boot;
 pub mod cli;
 pub mod config;
 pub mod cross_center;

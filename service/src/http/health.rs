@@ -1,7 +1,7 @@
 //! Probes and metrics: no token, admin listener only.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::response::Response;
@@ -13,6 +13,7 @@ use serde_json::json;
 use super::AdminState;
 use super::call::{Call, private_json};
 use super::problem::Problem;
+use crate::telemetry::Metrics;
 use crate::topology::Shift;
 
 /// How long `/readyz` waits for the order database.
@@ -44,26 +45,47 @@ impl Stage {
 
 /// Tells the probes where the process stands. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Readiness(Arc<AtomicU8>);
+pub struct Readiness(Arc<Standing>);
+
+#[derive(Debug, Default)]
+struct Standing {
+    stage: AtomicU8,
+    /// What the start waits for.
+    waits_for: Mutex<Option<Arc<str>>>,
+}
 
 impl Readiness {
     /// The process has come to a stage.
     pub fn set(&self, stage: Stage) {
-        self.0.store(stage as u8, Ordering::Release);
+        self.0.stage.store(stage as u8, Ordering::Release);
     }
 
     /// Where it stands.
     pub fn stage(&self) -> Stage {
-        match self.0.load(Ordering::Acquire) {
+        match self.0.stage.load(Ordering::Acquire) {
             0 => Stage::Starting,
             1 => Stage::Serving,
             _ => Stage::Draining,
         }
     }
+
+    /// Says what the start waits for; none: it goes on.
+    pub fn waits_for(&self, reason: Option<Arc<str>>) {
+        *self.0.waits_for.lock().unwrap_or_else(PoisonError::into_inner) = reason;
+    }
+
+    /// What the start waits for.
+    pub fn reason(&self) -> Option<Arc<str>> {
+        self.0.waits_for.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 /// `GET /livez`: the process answers.
 pub(super) async fn live(_state: Arc<AdminState>, _call: Call) -> Result<Response, Problem> {
+    alive()
+}
+
+pub(super) fn alive() -> Result<Response, Problem> {
     private_json(&json!({ "status": "alive" }))
 }
 
@@ -141,7 +163,11 @@ fn in_short(shift: &Shift) -> serde_json::Value {
 
 /// `GET /metrics`
 pub(super) async fn metrics(state: Arc<AdminState>, _call: Call) -> Result<Response, Problem> {
-    let text = state.metrics.encode().map_err(Problem::internal)?;
+    encoded(&state.metrics)
+}
+
+pub(super) fn encoded(metrics: &Metrics) -> Result<Response, Problem> {
+    let text = metrics.encode().map_err(Problem::internal)?;
     let mut response = Response::new(text.into());
     response.headers_mut().insert(CONTENT_TYPE, OPENMETRICS);
     Ok(response)

@@ -17,6 +17,7 @@ mod route;
 mod sales;
 mod server;
 mod shifts;
+mod starting;
 
 use std::sync::Arc;
 
@@ -32,7 +33,8 @@ pub use call::Peer;
 pub use health::{Readiness, Stage};
 pub use internal::{InternalState, internal_router};
 pub use relay::Relay;
-pub use server::{ServeOptions, serve};
+pub use server::{ServeOptions, Served, serve};
+pub use starting::{Starting, starting_admin_router, starting_router};
 
 use crate::admission::{ClientAddress, Limiter, Tickets, Tokens};
 use crate::inventory::Inventory;

@@ -536,6 +536,7 @@ impl From<StoreError> for Problem {
             | StoreError::Conflict { .. }
             | StoreError::Malformed { .. }
             | StoreError::Unavailable { .. }
+            | StoreError::Refused { .. }
             | StoreError::WentBack { .. } => Executed::No,
         };
         Problem::with_detail(Code::NoAuthority, "The topology cannot be changed")

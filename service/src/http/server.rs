@@ -5,6 +5,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use axum::Router;
 use axum::body::Body;
 use hyper::body::Incoming;
@@ -52,14 +53,32 @@ const MAX_HTTP2_STREAMS: u32 = 256;
 /// The largest head of a request; a token has 4 KiB at most.
 const MAX_HEAD_BYTES: usize = 32 * 1024;
 
+/// A router that may be replaced while it is served: each request meets the one of its moment.
+#[derive(Debug, Clone)]
+pub struct Served(Arc<ArcSwap<Router>>);
+
+impl Served {
+    /// Requests from now on meet this one.
+    pub fn replace(&self, router: Router) {
+        self.0.store(Arc::new(router));
+    }
+}
+
+impl From<Router> for Served {
+    fn from(router: Router) -> Served {
+        Served(Arc::new(ArcSwap::from_pointee(router)))
+    }
+}
+
 /// Serves until `shutdown`, then lets requests under way finish, for as long as the drain deadline allows. Returns
 /// how many connections had to be cut.
 pub async fn serve(
     listener: TcpListener,
-    router: Router,
+    router: impl Into<Served>,
     options: ServeOptions,
     shutdown: CancellationToken,
 ) -> usize {
+    let router: Served = router.into();
     let mut builder = Builder::new(TokioExecutor::new());
     builder
         .http1()
@@ -138,14 +157,14 @@ async fn serve_connection<S: AsyncRead + AsyncWrite + Send + Unpin + 'static>(
     builder: Arc<Builder<TokioExecutor>>,
     stream: S,
     peer: SocketAddr,
-    router: Router,
+    router: Served,
     shutdown: CancellationToken,
     cut: CancellationToken,
 ) {
     let service = service_fn(move |mut request: hyper::Request<Incoming>| {
         request.extensions_mut().insert(Peer(peer));
         // A router is always ready.
-        router.clone().call(request.map(Body::new))
+        Router::clone(&router.0.load()).call(request.map(Body::new))
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(stream), service));
     tokio::select! {

@@ -18,6 +18,8 @@ pub enum Error {
         path: String,
         /// What the database said.
         source: sqlx::Error,
+        /// Whether it may open later without anybody changing anything: a server that is away.
+        passing: bool,
     },
     /// The tables could not be brought to this release's form.
     #[error("the order database cannot be migrated: {0}")]
@@ -135,8 +137,8 @@ impl Error {
             Error::Unavailable(_) | Error::Unknown(_) | Error::Overloaded | Error::PositionMoved { .. } => {
                 true
             }
+            Error::Open { passing, .. } => *passing,
             Error::Url
-            | Error::Open { .. }
             | Error::Migrate(_)
             | Error::ForeignCenter { .. }
             | Error::Database(_)

@@ -86,7 +86,7 @@ impl InstanceStore for EtcdStore {
             // The first message says that the watch has begun: what changed before it is in a list read after it.
             match stream.message().await {
                 Ok(Some(message)) if !message.canceled() => Ok(Some(((), (store, Some(stream))))),
-                Ok(Some(message)) => Err(failed(Failure::Refused(message.cancel_reason().to_owned()))),
+                Ok(Some(message)) => Err(failed(Failure::Declined(message.cancel_reason().to_owned()))),
                 Ok(None) => Ok(None),
                 Err(error) => Err(failed(error.into())),
             }

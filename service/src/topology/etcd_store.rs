@@ -114,8 +114,10 @@ impl fmt::Debug for EtcdStore {
 /// How a call to etcd ended that brought nothing.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// The server said no: nothing happened.
+    /// The server said no, and will say it again: nothing happened.
     Refused(String),
+    /// The server said no for now: nothing happened.
+    Declined(String),
     /// No answer, or none that says what happened.
     Unanswered(String),
     /// The revision that was asked for is not kept any more.
@@ -125,7 +127,7 @@ pub(super) enum Failure {
 impl Failure {
     pub(super) fn reason(self) -> String {
         match self {
-            Failure::Refused(reason) | Failure::Unanswered(reason) => reason,
+            Failure::Refused(reason) | Failure::Declined(reason) | Failure::Unanswered(reason) => reason,
             Failure::Compacted => "the revision was compacted".to_owned(),
         }
     }
@@ -141,9 +143,10 @@ impl From<etcd_client::Error> for Failure {
         match i32::from(status.code()) {
             // OUT_OF_RANGE is what etcd answers for a compacted revision.
             11 => Failure::Compacted,
-            // INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, RESOURCE_EXHAUSTED, FAILED_PRECONDITION,
-            // UNIMPLEMENTED, UNAUTHENTICATED
-            3 | 5 | 7 | 8 | 9 | 12 | 16 => Failure::Refused(message),
+            // RESOURCE_EXHAUSTED: no space left, or too many requests.
+            8 => Failure::Declined(message),
+            // INVALID_ARGUMENT, NOT_FOUND, PERMISSION_DENIED, FAILED_PRECONDITION, UNIMPLEMENTED, UNAUTHENTICATED
+            3 | 5 | 7 | 9 | 12 | 16 => Failure::Refused(message),
             _ => Failure::Unanswered(message),
         }
     }
@@ -181,7 +184,13 @@ impl EtcdStore {
     }
 
     pub(super) fn unavailable(&self, action: &'static str, failure: Failure) -> StoreError {
-        StoreError::Unavailable { action, place: self.place(), reason: failure.reason() }
+        let place = self.place();
+        match failure {
+            Failure::Refused(reason) => StoreError::Refused { action, place, reason },
+            failure @ (Failure::Declined(_) | Failure::Unanswered(_) | Failure::Compacted) => {
+                StoreError::Unavailable { action, place, reason: failure.reason() }
+            }
+        }
     }
 
     fn malformed(&self, reason: String) -> StoreError {
@@ -240,10 +249,10 @@ impl EtcdStore {
                 Err(failure) => failure,
             };
             match failure {
-                Failure::Refused(_) | Failure::Compacted if !unanswered => {
+                Failure::Refused(_) | Failure::Declined(_) | Failure::Compacted if !unanswered => {
                     return Err(self.unavailable("changed", failure));
                 }
-                Failure::Refused(reason) | Failure::Unanswered(reason) => {
+                Failure::Refused(reason) | Failure::Declined(reason) | Failure::Unanswered(reason) => {
                     unanswered = true;
                     if Instant::now() >= deadline {
                         return Err(self.unknown(reason));

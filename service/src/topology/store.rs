@@ -116,6 +116,20 @@ pub enum StoreError {
         /// What is known of the reason.
         reason: String,
     },
+    /// The store answers that it may not be used like this: an account, a permission, another kind of server. Nothing
+    /// happened, and nothing will until somebody corrects that.
+    #[error(
+        "the topology at {place} cannot be {action}: {reason}. Correct the account under [topology] of the \
+         configuration, or what it may do there"
+    )]
+    Refused {
+        /// `read`, `changed`, `watched`, …
+        action: &'static str,
+        /// Where it lies.
+        place: String,
+        /// What the store said.
+        reason: String,
+    },
     /// A change was sent and not answered: it may have happened, or may yet happen. Read it again before you do
     /// anything that relies on either.
     #[error("whether the topology at {place} was changed is not known: {reason}")]
@@ -139,6 +153,19 @@ pub enum StoreError {
         /// What it shows now.
         found: Revision,
     },
+}
+
+impl StoreError {
+    /// Whether the same call may succeed later without anybody correcting anything.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            StoreError::Missing { .. }
+            | StoreError::Conflict { .. }
+            | StoreError::Unavailable { .. }
+            | StoreError::Unknown { .. } => true,
+            StoreError::Malformed { .. } | StoreError::Refused { .. } | StoreError::WentBack { .. } => false,
+        }
+    }
 }
 
 /// Reads the stored form of a document, without the field `mark` that the store itself put there. (The field is

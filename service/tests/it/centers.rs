@@ -6,7 +6,7 @@ use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -251,7 +251,32 @@ log = "seckill=info,warn"
 
     /// Starts a center's service.
     pub(crate) fn spawn(&mut self, which: Which) {
-        self.side_mut(which).spawn();
+        self.spawn_with(which, &[]);
+    }
+
+    /// The same with more in its environment.
+    pub(crate) fn spawn_with(&mut self, which: Which, variables: &[(&str, &str)]) {
+        self.side_mut(which).spawn(variables);
+    }
+
+    /// How a center's service ended, if it has.
+    pub(crate) fn ended(&mut self, which: Which) -> Option<ExitStatus> {
+        self.side_mut(which).child.as_mut().expect("it was started").try_wait().unwrap()
+    }
+
+    /// SIGTERM to a center's service; its exit code.
+    pub(crate) async fn terminate(&mut self, which: Which) -> Option<i32> {
+        let child = self.side_mut(which).child.as_ref().expect("it runs");
+        let pid = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = eventually("it ends", async || self.ended(which)).await;
+        self.side_mut(which).child = None;
+        status.code()
+    }
+
+    /// Where everything lies.
+    pub(crate) fn folder(&self) -> &Path {
+        self.dir.path()
     }
 
     /// kill -9 of a center's service.
@@ -371,7 +396,12 @@ log = "seckill=info,warn"
 
     /// Whether a center has logged this.
     pub(crate) fn logged(&self, which: Which, text: &str) -> bool {
-        self.side(which).output.lock().unwrap().iter().any(|line| line.contains(text))
+        self.times_logged(which, text) > 0
+    }
+
+    /// How often a center has logged this.
+    pub(crate) fn times_logged(&self, which: Which, text: &str) -> usize {
+        self.side(which).output.lock().unwrap().iter().filter(|line| line.contains(text)).count()
     }
 
     /// Waits until a center answers requests.
@@ -449,11 +479,12 @@ impl Drop for Centers {
 }
 
 impl Side {
-    fn spawn(&mut self) {
+    fn spawn(&mut self, variables: &[(&str, &str)]) {
         let mut child = Command::new(env!("CARGO_BIN_EXE_seckill"))
             .args(["serve", "--config"])
             .arg(&self.config)
             .env("SECKILL__ORDERS__DATABASE_URL", &self.database)
+            .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

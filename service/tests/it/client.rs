@@ -102,6 +102,11 @@ impl Client {
         Some(Answer { status: parts.status.as_u16(), headers: parts.headers, body })
     }
 
+    /// What a probe of the admin listener hears; `None` if no answer came.
+    pub(crate) async fn probe(&self, path: &str) -> Option<Answer> {
+        self.send(Method::GET, &format!("{}{path}", self.admin), "", &[], None).await
+    }
+
     /// Whether the service says that it takes requests.
     pub(crate) async fn is_ready(&self) -> bool {
         let answer = self.send(Method::GET, &format!("{}/readyz", self.admin), "", &[], None).await;

@@ -57,9 +57,11 @@ impl Database {
     }
 
     fn not_opened(&self, error: Error) -> Error {
+        let passing = error.is_transient();
         match (self, error) {
             (Database::MySql(options), Error::Unavailable(source) | Error::Database(source)) => {
-                Error::Open { path: format!("at {}:{}", options.get_host(), options.get_port()), source }
+                let path = format!("at {}:{}", options.get_host(), options.get_port());
+                Error::Open { path, source, passing }
             }
             (_, error) => error,
         }

@@ -75,7 +75,9 @@ pub(super) async fn connect_writer(path: &Path) -> Result<SqliteConnection, Erro
                 attempt += 1;
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            Err(source) => return Err(Error::Open { path: path.display().to_string(), source }),
+            Err(source) => {
+                return Err(Error::Open { path: path.display().to_string(), source, passing: false });
+            }
         }
     }
 }
@@ -92,7 +94,7 @@ pub(super) async fn connect_readers(path: &Path, connections: u32) -> Result<Sql
         .test_before_acquire(false)
         .connect_with(options(path).read_only(true))
         .await
-        .map_err(|source| Error::Open { path: path.display().to_string(), source })
+        .map_err(|source| Error::Open { path: path.display().to_string(), source, passing: false })
 }
 
 /// Brings the tables to this release's form, in one transaction. Whoever comes second finds the work done.

@@ -1,5 +1,7 @@
 //! Two guardians, each with a redis-server and a service of its own, and one topology.
 
+mod boot;
+
 use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::sync::Arc;
