@@ -179,6 +179,7 @@ async fn work(
     let (readiness, metrics) = (doors.readiness.clone(), Arc::clone(metrics));
     let lease_ttl = Duration::from_millis(config.topology.lease_ttl_ms);
     let authority = Authority::new(config.center.id.clone(), lease_ttl, 1);
+    metrics.register(|registry| authority.register(registry));
     let read = wait_for("the topology", &readiness, shutdown, StoreError::is_transient, async || {
         let store = Arc::clone(&stores.topology);
         TopologyHandle::open_or_create(store, authority.clone(), first_topology(config)).await

@@ -98,6 +98,7 @@ impl Pair {
             sessions: Sessions::new(ring(&a)?, "bench".to_owned()),
             inventory: master.clone(),
             orders: OrderStore::open(&database, StoreOptions::new(a)).await?,
+            queue: None,
             topology,
             public: Router::new(),
             admin: Router::new(),

@@ -32,7 +32,7 @@ mod queue;
 mod round;
 mod sums;
 
-pub use queue::{QueueReport, RelayReport, add as add_queue};
+pub use queue::{ConsumerReport, QueueReport, RelayReport, add as add_queue};
 use redis::aio::ConnectionLike;
 use seckill_domain::{OrderId, OrderStatus, SaleId};
 use serde::Serialize;

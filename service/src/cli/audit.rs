@@ -125,6 +125,10 @@ fn describe_queue(report: &Value, text: &mut String) {
     let Some(queue) = report.get("queue") else { return };
     let lag = cell(queue.get("consumer_lag").unwrap_or(&Value::Null));
     text.push_str(&format!("kafka: {lag} records wait to be stored\n"));
+    for consumer in queue.get("consumers").and_then(Value::as_array).into_iter().flatten() {
+        let field = |name: &str| cell(consumer.get(name).unwrap_or(&Value::Null));
+        text.push_str(&format!("kafka: in center {}: {}\n", field("center"), field("lag")));
+    }
     for relay in queue.get("relays").and_then(Value::as_array).into_iter().flatten() {
         let field = |name: &str| cell(relay.get(name).unwrap_or(&Value::Null));
         text.push_str(&format!(

@@ -177,7 +177,7 @@ impl Config {
     pub fn internal_tls(&self) -> Result<InternalTls, CrossCenterError> {
         let tls = &self.cross_center.tls;
         let believed = match &tls.ca_file {
-            Some(path) => judged("ca_file", path, |pem| Authorities::of_pem(pem))?,
+            Some(path) => judged("ca_file", path, Authorities::of_pem)?,
             None => Authorities::of_system(),
         };
         let own = match (&tls.cert_file, &tls.key_file) {
@@ -192,7 +192,7 @@ impl Config {
             _ => None,
         };
         let callers = match &tls.client_ca_file {
-            Some(path) => Some(judged("client_ca_file", path, |pem| Authorities::of_pem(pem))?),
+            Some(path) => Some(judged("client_ca_file", path, Authorities::of_pem)?),
             None => None,
         };
         let listener = match &own {

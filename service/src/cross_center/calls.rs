@@ -26,6 +26,9 @@ pub const AUDIT_ORDERS: &str = "/internal/v1/audit/orders";
 /// What was set aside because it cannot be read: no body, [`AuditUnreadableAnswer`].
 pub const AUDIT_UNREADABLE: &str = "/internal/v1/audit/unreadable";
 
+/// How the center's Kafka queue stands, for the audit: no body, [`AuditQueueAnswer`].
+pub const AUDIT_QUEUE: &str = "/internal/v1/audit/queue";
+
 /// Rows in a page of order tables at most: some 700 KB with the longest ids.
 pub const MAX_AUDIT_ROWS: u32 = 4096;
 /// Orders asked for at once at most.
@@ -256,6 +259,19 @@ pub struct AuditUnreadableAnswer {
     pub count: u64,
     /// The newest of it: where it came from, and what is wrong with it.
     pub entries: Vec<(String, String)>,
+}
+
+/// How a center's consumer stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditQueueAnswer {
+    /// Records in the center's partitions that are not stored, as its consumer last saw them; absent before it has
+    /// looked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lag: Option<u64>,
+    /// Partitions that stand still because the brokers do not have their next record any more.
+    pub lost: Vec<u8>,
+    /// What it waits for.
+    pub waiting: Vec<String>,
 }
 
 #[cfg(test)]

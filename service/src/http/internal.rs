@@ -19,14 +19,14 @@ use super::call::{Call, Measured, Routes, private_json};
 use super::problem::{self, Code, Problem};
 use super::relay::{RELAY, RelayAnswer, RelayCall, Vouched};
 use crate::cross_center::calls::{
-    AUDIT_ORDERS, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersCall, AuditRowsCall, MAX_AUDIT_ORDERS,
-    MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall, ReserveCall, SALE,
-    SESSIONS, SaleCall,
+    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersCall, AuditRowsCall,
+    MAX_AUDIT_ORDERS, MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall,
+    ReserveCall, SALE, SESSIONS, SaleCall,
 };
 use crate::cross_center::session::{Now, Sessions};
 use crate::cross_center::{Refusal, session::Caller};
 use crate::inventory::Inventory;
-use crate::orders::{OrderStore, centers};
+use crate::orders::{KafkaQueue, OrderStore, centers};
 use crate::telemetry::Metrics;
 use crate::topology::TopologyHandle;
 
@@ -45,6 +45,8 @@ pub struct InternalState {
     pub inventory: Inventory,
     /// The order database.
     pub orders: OrderStore,
+    /// The Kafka queue, where that is the queue.
+    pub queue: Option<KafkaQueue>,
     /// Which epoch it is.
     pub topology: TopologyHandle,
     /// The public listener's routes, for requests that reached another center.
@@ -75,6 +77,7 @@ pub fn internal_router(state: InternalState) -> Router {
         .post(AUDIT_ROWS, audit_rows)
         .post(AUDIT_ORDERS, audit_orders)
         .post(AUDIT_UNREADABLE, audit_unreadable)
+        .post(AUDIT_QUEUE, audit_queue)
         .post(RELAY, relay)
         .build(Arc::new(state))
         .0
@@ -220,6 +223,13 @@ async fn audit_unreadable(state: Arc<InternalState>, mut call: Call) -> Result<R
     match accept(&state, &mut call).await {
         Ok(_) => private_json(&centers::set_aside(&state.orders).await?),
         Err(rejected) => rejected.answer(AUDIT_UNREADABLE),
+    }
+}
+
+async fn audit_queue(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    match accept(&state, &mut call).await {
+        Ok(_) => private_json(&state.queue.as_ref().map(KafkaQueue::standing).unwrap_or_default()),
+        Err(rejected) => rejected.answer(AUDIT_QUEUE),
     }
 }
 

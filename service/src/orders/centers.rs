@@ -11,9 +11,9 @@ use seckill_domain::{CenterId, OrderId, OrderStatus, OutboxId, SaleId, Table};
 use super::error::Error;
 use super::store::{AuditOrder, OrderStore};
 use crate::cross_center::calls::{
-    AUDIT_ORDERS, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersAnswer, AuditOrdersCall, AuditRowsAnswer,
-    AuditRowsCall, AuditUnreadableAnswer, MAX_AUDIT_ROWS, OUTBOX, OutboxAnswer, SALE, SaleAnswer, SaleCall,
-    UnreadableRow,
+    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersAnswer, AuditOrdersCall,
+    AuditQueueAnswer, AuditRowsAnswer, AuditRowsCall, AuditUnreadableAnswer, MAX_AUDIT_ROWS, OUTBOX,
+    OutboxAnswer, SALE, SaleAnswer, SaleCall, UnreadableRow,
 };
 use crate::cross_center::{CallError, CrossCenter};
 use crate::topology::TopologyHandle;
@@ -140,6 +140,19 @@ impl OrderCenters {
         let answer: OutboxAnswer = self.ask(center, OUTBOX, &serde_json::json!({}), POSITION_TIMEOUT).await?;
         let stored = answer.stored.into_iter().find(|(of, _)| *of == partition);
         Ok(stored.map_or(OutboxId::ZERO, |(_, position)| position))
+    }
+
+    /// How another center's Kafka queue stands.
+    pub async fn queue(&self, center: &CenterId) -> Result<AuditQueueAnswer, Untold> {
+        self.ask(center, AUDIT_QUEUE, &serde_json::json!({}), POSITION_TIMEOUT).await
+    }
+
+    /// Whether this center's own position counts when the outbox is trimmed: where nobody is at home, nothing has to be
+    /// stored, unless `all` centers store what they read.
+    pub fn own_counts(&self, all: bool) -> bool {
+        let homes = self.homes();
+        let own = homes.centers.iter().position(Option::is_none);
+        all || own.is_none_or(|own| homes.is_used(own))
     }
 
     /// Up to where every other center has stored a partition's outbox; none if there is no other one. Centers where

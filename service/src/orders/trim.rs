@@ -80,8 +80,9 @@ impl Trim {
         let Ok(grant) = self.link.authority.grant() else { return Ok(()) };
         let partition = self.link.partition;
         let others = self.centers.others_position(partition, self.everywhere).await?;
+        let own_counts = self.centers.own_counts(self.everywhere);
         let before = Millis(self.store.clock().now().0 - self.retention_ms);
-        let Some(mark) = self.store.mark_position(partition, before, others).await? else {
+        let Some(mark) = self.store.mark_position(partition, before, others, own_counts).await? else {
             return Ok(());
         };
         // A mark may be older than a center, or than its database.

@@ -98,6 +98,9 @@ async fn a_service_that_starts_without_its_order_database_waits_for_it_and_goes_
     centers.until_serving(Which::B).await;
 }
 
+/// Something in the environment, and what the log says of it.
+type Wrong<'a> = (&'a [(&'a str, String)], &'a [&'a str]);
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_somebody_has_to_correct_ends_the_start_at_once_and_says_what() {
     let mut centers = Centers::start(CentersOptions::default()).await;
@@ -106,7 +109,7 @@ async fn what_somebody_has_to_correct_ends_the_start_at_once_and_says_what() {
     let path = |name: &str| folder.join(name).display().to_string();
     std::fs::write(folder.join("torn.json"), "{\"schema\": 1").unwrap();
     std::fs::write(folder.join("cert.pem"), "no certificate").unwrap();
-    let wrong: [(&[(&str, String)], &[&str]); 5] = [
+    let wrong: [Wrong; 5] = [
         (&[("SECKILL__TOPOLOGY__PATH", path("torn.json"))], &["torn.json", "cannot be used"]),
         (
             &[("SECKILL__CROSS_CENTER__KEYS__0__SECRET_FILE", path("none.key"))],

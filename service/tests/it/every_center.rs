@@ -1,5 +1,7 @@
 //! What is about the orders of all centers: the audit, trimming, archiving, the back office.
 
+use std::time::Duration;
+
 use http::Method;
 use seckill::archive::{self, archive};
 use seckill::audit::{self, Report, Verdict};
@@ -12,7 +14,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use crate::client::Client;
-use crate::pair::Pair;
+use crate::pair::{Pair, Wire};
 use crate::support::eventually;
 use crate::up::Up;
 
@@ -165,6 +167,35 @@ async fn the_outbox_keeps_what_another_center_has_not_stored() {
     let listener = crate::pair::bind(Some(pair.b_at)).await;
     pair.b.listen(listener, "b-second", crate::pair::ring("b")).await;
     eventually("b answers again", async || (first().await == all).then_some(())).await;
+}
+
+/// With Kafka a center has a position only in the shards that are at home there. One without any has none, and keeps
+/// nothing: neither for ever, because it waits for itself, nor too little, because it does not wait for the others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_master_without_shards_trims_up_to_what_the_home_center_has_stored() {
+    let pair = Pair::open_over(Wire { all_in_b: true, kafka: true, ..Wire::default() }).await;
+    let mut conn = pair.redis.connect().await;
+    let mut config = redis::cmd("CONFIG");
+    config.arg("SET").arg("stream-node-max-entries").arg(1).exec_async(&mut conn).await.unwrap();
+    let sale = pair.sale("s", 100).await;
+    for n in 0..3 {
+        pair.a.buy(&sale, &format!("u{n}"), "k").await.unwrap();
+    }
+    let half = pair.last_entry().await;
+    for n in 3..6 {
+        pair.a.buy(&sale, &format!("u{n}"), "k").await.unwrap();
+    }
+    let all = pair.last_entry().await;
+    let mut first = async || outbox::first_id(&mut conn).await.unwrap().unwrap();
+    assert_eq!(pair.a.orders.position(0).await.unwrap(), OutboxId::ZERO);
+    assert!(first().await < half);
+    pair.store_at_b(half).await;
+    eventually("what b has is gone", async || (first().await == half).then_some(())).await;
+    // Some rounds later what it has not is still there.
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(first().await, half);
+    pair.store_at_b(all).await;
+    eventually("b has all", async || (first().await == all).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -16,7 +16,9 @@ use seckill::cross_center::tls::{CallerTls, ListenerTls};
 use seckill::cross_center::{CrossCenter, CrossKey, Keyring};
 use seckill::http::{InternalState, PublicState, Relay, ServeOptions, internal_router, public_router, serve};
 use seckill::inventory::{Inventory, Parts as InventoryParts, Purchase, PurchaseError};
-use seckill::orders::{OrderCenters, OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
+use seckill::orders::{
+    KafkaMetrics, KafkaOptions, OrderCenters, OrderStore, Queue, StoreOptions, WorkerOptions, Workers,
+};
 use seckill::telemetry::Metrics;
 use seckill::topology::{Authority, Center, FileStore, Instances, Limits, Topology, TopologyHandle};
 use seckill_domain::{CenterId, CenterNumber, IdempotencyKey, Quantity, SaleId, SaleSpec, Uid};
@@ -61,7 +63,7 @@ pub(crate) struct Side {
     tls: Option<ListenerTls>,
 }
 
-/// What is spoken between the centers.
+/// What is spoken between the centers, and what stands behind them.
 pub(crate) struct Wire {
     /// Of the URLs.
     pub(crate) scheme: &'static str,
@@ -69,11 +71,15 @@ pub(crate) struct Wire {
     pub(crate) listener: Option<ListenerTls>,
     /// Of both callers.
     pub(crate) caller: Option<CallerTls>,
+    /// Everybody is at home in b.
+    pub(crate) all_in_b: bool,
+    /// The queue is Kafka, whose brokers are away.
+    pub(crate) kafka: bool,
 }
 
 impl Default for Wire {
     fn default() -> Wire {
-        Wire { scheme: "http", listener: None, caller: None }
+        Wire { scheme: "http", listener: None, caller: None, all_in_b: false, kafka: false }
     }
 }
 
@@ -126,15 +132,20 @@ impl Side {
             outbox_retention_s: 0,
             ..WorkerOptions::default()
         };
-        Workers::spawn(
-            &orders,
-            &[redis.client()],
-            &authority,
-            &Queue::Outbox,
-            &options,
-            &tasks,
-            (stop, stop),
-        );
+        let queue = match wire.kafka {
+            false => Queue::Outbox,
+            true => Queue::Kafka(KafkaOptions {
+                center: center(id),
+                centers: ["a", "b"]
+                    .map(|id| (center(id), vec![("bootstrap.servers".to_owned(), "127.0.0.1:1".to_owned())]))
+                    .into(),
+                topic_prefix: String::new(),
+                replication_factor: 1,
+                topology: topology.subscribe(),
+                metrics: KafkaMetrics::default(),
+            }),
+        };
+        Workers::spawn(&orders, &[redis.client()], &authority, &queue, &options, &tasks, (stop, stop));
         let ring = || Ring::new(vec![Key::hs256(None, USERS).unwrap()], None, "sub");
         let public = public_router(PublicState {
             inventory: inventory.clone(),
@@ -174,6 +185,7 @@ impl Side {
             sessions,
             inventory: self.inventory.clone(),
             orders: self.orders.clone(),
+            queue: None,
             topology: self.topology.clone(),
             public: self.public.clone(),
             admin: Router::new(),
@@ -265,7 +277,8 @@ impl Pair {
             Topology::single(fence.ledger_id.clone(), center("a"), described(1, line.at), Limits::default());
         document.centers.insert(center("b"), described(2, of_b.local_addr().unwrap()));
         document.epoch = fence.epoch;
-        for shard in document.shard_owners.iter_mut().skip(1).step_by(2) {
+        let every = if wire.all_in_b { 1 } else { 2 };
+        for shard in document.shard_owners.iter_mut().skip(every - 1).step_by(every) {
             *shard = center("b");
         }
         let stop = CancellationToken::new();

@@ -123,6 +123,7 @@ impl Centers {
                 sessions: Sessions::new(ring(name), name.to_owned()),
                 inventory: inventory.clone(),
                 orders: OrderStore::open(&database, StoreOptions::new(id(name))).await.unwrap(),
+                queue: None,
                 topology: topology.clone(),
                 public: axum::Router::new(),
                 admin: axum::Router::new(),

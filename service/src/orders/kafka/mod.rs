@@ -27,6 +27,7 @@ pub use relay::RelayStatus;
 
 use super::store::OrderStore;
 use super::workers::{Link, supervise};
+use crate::cross_center::calls::AuditQueueAnswer;
 use crate::topology::Topology;
 use client::Connection;
 use topics::Topics;
@@ -110,6 +111,27 @@ impl KafkaQueue {
         }
         let (center, topology) = (options.center.clone(), options.topology.clone());
         KafkaQueue { consumer, relays, center, topology }
+    }
+
+    /// This center.
+    pub fn center(&self) -> &CenterId {
+        &self.center
+    }
+
+    /// The centers that somebody is at home in.
+    pub fn centers(&self) -> BTreeSet<CenterId> {
+        self.topology.borrow().shard_owners.iter().cloned().collect()
+    }
+
+    /// How this center's consumer stands, and what the queue here waits for.
+    pub fn standing(&self) -> AuditQueueAnswer {
+        let (lag, lost) = match &*self.consumer.borrow() {
+            ConsumerStatus::Starting | ConsumerStatus::Waiting { .. } => (None, Vec::new()),
+            ConsumerStatus::Following { lag, lost } => {
+                (Some(*lag), lost.iter().map(|shard| shard.number()).collect())
+            }
+        };
+        AuditQueueAnswer { lag, lost, waiting: self.waiting() }
     }
 
     /// What the queue waits for, if for anything.

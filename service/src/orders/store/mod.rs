@@ -296,15 +296,17 @@ impl OrderStore {
     }
 
     /// Notes where a partition's position is now, or where the other centers' is if it is behind, and returns what was
-    /// noted at `before` or last before that: what the outbox may be trimmed to.
+    /// noted at `before` or last before that: what the outbox may be trimmed to. Without `own_counts` only the others' is
+    /// looked at.
     pub async fn mark_position(
         &self,
         partition: u8,
         before: Millis,
         others: Option<OutboxId>,
+        own_counts: bool,
     ) -> Result<Option<OutboxId>, Error> {
         let center = self.shared.center.clone();
-        self.writer()?.run_patiently(queue::Mark { partition, before, others, center }).await
+        self.writer()?.run_patiently(queue::Mark { partition, before, others, own_counts, center }).await
     }
 
     /// Asks for the release of every cancelled and expired order of a sale again: a ledger that was adopted may

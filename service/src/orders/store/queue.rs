@@ -108,6 +108,8 @@ pub(super) struct Mark {
     pub(super) before: Millis,
     /// Where the other centers are, if there are any.
     pub(super) others: Option<OutboxId>,
+    /// Whether this center has anything to store.
+    pub(super) own_counts: bool,
     pub(super) center: CenterId,
 }
 
@@ -120,8 +122,13 @@ impl Write for Mark {
     }
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Option<OutboxId>, Error> {
-        let position = Positions::read(tx.conn, &self.center).await?.stored(self.partition);
-        let position = self.others.map_or(position, |others| position.min(others));
+        let position = match self.others {
+            Some(others) if !self.own_counts => others,
+            others => {
+                let own = Positions::read(tx.conn, &self.center).await?.stored(self.partition);
+                others.map_or(own, |others| own.min(others))
+            }
+        };
         if position > OutboxId::ZERO {
             let or_set = tx.conn.dialect().or_set("`partition`, at", "position");
             tx.conn

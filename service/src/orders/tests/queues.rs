@@ -62,14 +62,14 @@ async fn an_adopted_ledger_is_told_of_every_closed_order_again(kind: Kind) {
 
 async fn marks_say_where_the_position_was(kind: Kind) {
     let mut fixture = Fixture::on(kind).await;
-    assert_eq!(fixture.store.mark_position(0, START, None).await.unwrap(), None);
+    assert_eq!(fixture.store.mark_position(0, START, None, true).await.unwrap(), None);
     fixture.put(&[order("bob", 1, &product(1, 900))]).await;
-    assert_eq!(fixture.store.mark_position(0, fixture.now().plus_ms(-1), None).await.unwrap(), None);
+    assert_eq!(fixture.store.mark_position(0, fixture.now().plus_ms(-1), None, true).await.unwrap(), None);
     fixture.clock.advance_ms(1000);
     fixture.put(&[order("bob", 2, &product(1, 900))]).await;
     fixture.reopen().await;
-    assert_eq!(fixture.store.mark_position(0, START.plus_ms(999), None).await.unwrap(), Some(at(1)));
-    assert_eq!(fixture.store.mark_position(0, START.plus_ms(1000), None).await.unwrap(), Some(at(2)));
+    assert_eq!(fixture.store.mark_position(0, START.plus_ms(999), None, true).await.unwrap(), Some(at(1)));
+    assert_eq!(fixture.store.mark_position(0, START.plus_ms(1000), None, true).await.unwrap(), Some(at(2)));
     assert_eq!(fixture.number("SELECT COUNT(*) FROM outbox_marks").await, 1);
 }
 

@@ -373,7 +373,7 @@ async fn with_kafka_a_partition_is_stored_as_far_as_its_slowest_shard(kind: Kind
     // Records that are published again carry older marks.
     mark(0, 1, 3).await;
     assert_eq!(fixture.store.position(0).await.unwrap(), at(20));
-    assert_eq!(fixture.store.mark_position(0, fixture.now(), None).await.unwrap(), Some(at(20)));
+    assert_eq!(fixture.store.mark_position(0, fixture.now(), None, true).await.unwrap(), Some(at(20)));
     assert_eq!(fixture.store.position(1).await.unwrap(), OutboxId::ZERO);
 }
 

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use http::HeaderValue;
 use http::request::Parts;
 use seckill::cross_center::calls::{
-    AUDIT_ORDERS, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, ReserveAnswer, ReserveOutcome, SALE,
+    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, ReserveAnswer,
+    ReserveOutcome, SALE,
 };
 use seckill::cross_center::session::{Hello, Now, Opening, Sessions};
 use seckill::cross_center::signature::{COVERED, Signing, content_digest, sign};
@@ -292,6 +293,7 @@ async fn every_call_of_the_internal_listener_refuses_what_is_unsigned_changed_or
         (AUDIT_ROWS, json!({"from": 0, "until": 1, "after": ""})),
         (AUDIT_ORDERS, json!({"orders": []})),
         (AUDIT_UNREADABLE, Value::Null),
+        (AUDIT_QUEUE, Value::Null),
         ("/internal/v1/relay", relayed),
     ] {
         let call = || forger.call(path, &body, trial.epoch, Now::read().unix_s);

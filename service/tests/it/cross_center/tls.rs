@@ -42,7 +42,8 @@ async fn assert_sells(wire: Wire, let_in: bool, what: &str) -> Pair {
 async fn over_tls_a_purchase_reaches_the_master_and_nobody_on_the_way_can_read_it() {
     let ours = Authority::new();
     let caller = CallerTls::new(believed(&ours), None).unwrap();
-    let wire = Wire { scheme: "https", listener: listener(&ours, None), caller: Some(caller) };
+    let wire =
+        Wire { scheme: "https", listener: listener(&ours, None), caller: Some(caller), ..Wire::default() };
     let pair = assert_sells(wire, true, "TLS").await;
     let overheard = pair.line.overheard.lock().unwrap().clone();
     assert_eq!(overheard[..2], [0x16, 0x03], "a handshake comes first");
@@ -61,9 +62,9 @@ async fn whoever_does_not_shake_hands_as_they_should_executes_nothing() {
         let shown = shows.map(|authority| identity(authority, "127.0.0.1"));
         Some(CallerTls::new(believed(believes), shown).unwrap())
     };
-    let https = |listener, caller| Wire { scheme: "https", listener, caller };
+    let https = |listener, caller| Wire { scheme: "https", listener, caller, ..Wire::default() };
 
-    let plain = Wire { scheme: "http", listener: listener(&ours, None), caller: caller(&ours, None) };
+    let plain = Wire { listener: listener(&ours, None), caller: caller(&ours, None), ..Wire::default() };
     assert_sells(plain, false, "a call in plain text").await;
     let stranger = https(listener(&theirs, None), caller(&ours, None));
     assert_sells(stranger, false, "a certificate of another authority").await;

@@ -2,19 +2,20 @@
 //! of those who are at home in its center, and nobody else's.
 
 use seckill_parts::{Kafka, Mariadb};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::centers::{BOTH, Centers, CentersOptions, Which};
-use crate::crowd::{Crowd, compare_books, stored_orders, user_of};
+use crate::crowd::{Crowd, ask_again, compare_books, stored_orders, user_of};
 use crate::support::eventually;
 
 /// Servers of a test's own.
 pub(super) struct Behind {
     /// By center.
     kafka: [Kafka; 2],
-    /// The URLs of the centers' databases in one MariaDB.
+    /// By center.
+    mariadb: [Mariadb; 2],
+    /// The URLs of the centers' databases.
     databases: Vec<(Which, String)>,
-    _mariadb: Mariadb,
     /// Dropped last.
     _dir: tempfile::TempDir,
 }
@@ -23,21 +24,30 @@ impl Behind {
     pub(super) async fn start() -> Behind {
         let dir = tempfile::tempdir().unwrap();
         let [a, b] = BOTH.map(|which| dir.path().join(format!("kafka-{}", which.id())));
-        let mariadb = dir.path().join("mariadb");
-        let (a, b, mariadb) = tokio::join!(Kafka::start(&a), Kafka::start(&b), Mariadb::start(&mariadb));
-        let mariadb = mariadb.unwrap();
+        let (a, b) = tokio::join!(Kafka::start(&a), Kafka::start(&b));
+        let kafka = [a.unwrap(), b.unwrap()];
+        let [a, b] = BOTH.map(|which| dir.path().join(format!("mariadb-{}", which.id())));
+        let (a, b) = tokio::join!(Mariadb::start(&a), Mariadb::start(&b));
+        let mariadb = [a.unwrap(), b.unwrap()];
         let mut databases = Vec::new();
-        for which in BOTH {
+        for (which, mariadb) in BOTH.into_iter().zip(&mariadb) {
             let name = format!("seckill_{}", which.id());
             databases.push((which, mariadb.create_database(&name).await.unwrap()));
         }
-        Behind { kafka: [a.unwrap(), b.unwrap()], databases, _mariadb: mariadb, _dir: dir }
+        Behind { kafka, mariadb, databases, _dir: dir }
     }
 
     fn kafka(&self, which: Which) -> &Kafka {
         match which {
             Which::A => &self.kafka[0],
             Which::B => &self.kafka[1],
+        }
+    }
+
+    fn mariadb(&self, which: Which) -> &Mariadb {
+        match which {
+            Which::A => &self.mariadb[0],
+            Which::B => &self.mariadb[1],
         }
     }
 
@@ -100,6 +110,19 @@ async fn a_center_without_its_kafka_waits_for_its_own_orders_and_nobody_else_doe
         assert!([0, 3].contains(&code), "{code}:\n{out}\n{err}");
     }
 
+    // Whoever is asked, the audit says whose queue stands still.
+    for which in BOTH {
+        eventually("the audit names b's queue", async || {
+            let report = audit(&centers, which);
+            let problems = report["problems"].as_array()?;
+            problems
+                .iter()
+                .any(|problem| problem.as_str().unwrap().contains("the queue of center b: "))
+                .then_some(())
+        })
+        .await;
+    }
+
     kafka.restart().await.unwrap();
     b.stored_order(&orders[1].1, &orders[1].0).await;
     let heard = crowd.stop().await;
@@ -111,4 +134,72 @@ async fn a_center_without_its_kafka_waits_for_its_own_orders_and_nobody_else_doe
         ready["queue"]["waiting"].as_array().is_none_or(Vec::is_empty).then_some(())
     })
     .await;
+}
+
+/// What the audit says, asked of a center.
+fn audit(centers: &Centers, which: Which) -> Value {
+    let (code, out, err) = centers.cli(which, &["audit", "-o", "json"]);
+    serde_json::from_str(&out).unwrap_or_else(|_| panic!("the audit ended with {code}:\n{out}\n{err}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_center_that_dies_with_its_redis_kafka_and_mariadb_costs_nobody_an_order() {
+    let behind = Behind::start().await;
+    let mut centers = Centers::start(behind.options()).await;
+    let [a, b] = BOTH.map(|which| centers.client(which));
+    a.create_sale("phone", 1_000_000, json!({})).await;
+    let crowd = Crowd::start(&centers, "phone", "u", 8, 1_000_000);
+    crowd.until_more(200).await;
+
+    // The whole of b dies. After degrade_after a sells on; orders of a's users are stored, those of b's wait.
+    let epoch = centers.epoch(Which::A).await;
+    centers.kill_service(Which::B);
+    centers.redis(Which::B).kill();
+    behind.kafka(Which::B).kill();
+    behind.mariadb(Which::B).kill();
+    centers.until_degraded().await;
+    let mut orders = Vec::new();
+    for which in BOTH {
+        let uid = user_of(which, "meanwhile");
+        let answer = a.buy_until_known("phone", &uid, "k").await;
+        assert_eq!(answer.status, 202, "{answer:?}");
+        orders.push((answer.body["order_id"].as_str().unwrap().to_owned(), uid));
+    }
+    a.stored_order(&orders[0].1, &orders[0].0).await;
+    crowd.until_more(200).await;
+    let report = audit(&centers, Which::A);
+    assert_eq!(report["verdict"], "incomplete", "{report:#}");
+    assert!(report["problems"].to_string().contains("center b"), "{report:#}");
+
+    // b returns, its service before everything that it stands on.
+    centers.spawn(Which::B);
+    centers.redis(Which::B).restart().await.unwrap();
+    behind.kafka(Which::B).restart().await.unwrap();
+    behind.mariadb(Which::B).restart().await.unwrap();
+    centers.until_serving(Which::B).await;
+    b.stored_order(&orders[1].1, &orders[1].0).await;
+    centers.until_in_sync(epoch).await;
+    crowd.until_more(200).await;
+
+    let heard = crowd.stop().await;
+    println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
+    // Audits are clean, each order is in its home center's MariaDB and nowhere else.
+    let all = heard.bought.len() as u64 + 2;
+    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, all);
+    // Both consumers tell how far they are, whoever is asked.
+    for which in BOTH {
+        eventually("both have stored everything", async || {
+            let report = audit(&centers, which);
+            let consumers = report["queue"]["consumers"].as_array()?;
+            let told: Vec<_> = consumers
+                .iter()
+                .map(|consumer| (consumer["center"].clone(), consumer["lag"].clone()))
+                .collect();
+            (told == [(json!("a"), json!(0)), (json!("b"), json!(0))]).then_some(())
+        })
+        .await;
+    }
+    for client in [&a, &b] {
+        ask_again(client, "phone", &heard.bought[..50]).await;
+    }
 }
