@@ -182,8 +182,13 @@ impl Consumer {
         let mut look = tokio::time::interval_at(tokio::time::Instant::now() + LOOK_INTERVAL, LOOK_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        // Why the brokers could not be looked at last time: what is known of the lag is from before.
+        let mut away: Option<String> = None;
         loop {
-            self.report(ConsumerStatus::Following { lag, lost: lost.clone() });
+            self.report(match &away {
+                Some(reason) => ConsumerStatus::Waiting { reason: reason.clone() },
+                None => ConsumerStatus::Following { lag, lost: lost.clone() },
+            });
             tokio::select! {
                 () = token.cancelled() => return Ok(()),
                 told = news.recv() => match told {
@@ -212,10 +217,15 @@ impl Consumer {
                         return Ok(());
                     }
                     // Brokers that are away are no reason to replace a consumer.
-                    let Ok(ends) = self.look(&looker, &stored).await else {
-                        heard = Instant::now();
-                        continue;
+                    let ends = match self.look(&looker, &stored).await {
+                        Ok(ends) => ends,
+                        Err(halt) => {
+                            heard = Instant::now();
+                            away = Some(format!("the consumer's brokers do not answer: {halt}"));
+                            continue;
+                        }
                     };
+                    away = None;
                     streak.succeeded("kafka consumer");
                     let found = self.lost(&stored, &ends);
                     if found.iter().any(|shard| !lost.contains(shard)) {
