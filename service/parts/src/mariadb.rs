@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Executor, Row};
 
 use crate::error::PartError;
 use crate::process::{Invocation, Lifetime, find_program};
-use crate::server::{Data, Server, data_folder, folder, lifecycle, on_ports, prepare};
+use crate::server::{self, Data, Server, data_folder, folder, lifecycle, on_ports, prepare};
 
 /// The service's account: its name and its password, for tests and development.
 const ACCOUNT: &str = "seckill";
@@ -63,11 +63,14 @@ impl Mariadb {
         let missing = |program| PartError::Missing { program, package: "mariadb-server" };
         let program = find_program("mariadbd").ok_or_else(|| missing("mariadbd"))?;
         let folder = data_folder(dir, data)?;
+        // A server that starts deletes what others left in its folder for temporary tables, or still have there.
+        let temporary = server::folder(&dir.join("tmp"))?;
         if data == Data::Fresh {
             let install = find_program("mariadb-install-db").ok_or_else(|| missing("mariadb-install-db"))?;
             let mut install = tokio::process::Command::new(install);
             install.args(["--no-defaults", "--auth-root-authentication-method=normal", "--skip-test-db"]);
             install.arg(format!("--datadir={}", folder.display()));
+            install.env("TMPDIR", &temporary);
             install.args(as_root());
             prepare(dir, "mariadb-install-db", install).await?;
         }
@@ -75,6 +78,7 @@ impl Mariadb {
         let mut args = vec![
             "--no-defaults".to_owned(),
             format!("--datadir={}", folder.display()),
+            format!("--tmpdir={}", temporary.display()),
             format!("--port={port}"),
             "--bind-address=127.0.0.1".to_owned(),
             // Relative to the data folder: a path to a socket may have no more than 107 bytes.
