@@ -31,7 +31,7 @@ use crate::orders::{
     self, KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Queue, StoreOptions,
     WorkerOptions, Workers,
 };
-use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess, ShiftOptions, Shifts};
+use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess, ShiftCounts, ShiftOptions, Shifts};
 use crate::telemetry::Metrics;
 use crate::topology::{
     Authority, Cause, Center, Instance, Instances, Limits, StoreError, Topology, TopologyHandle, UpdateError,
@@ -235,6 +235,9 @@ async fn work(
         stop.clone(),
     )?;
     metrics.register(|registry| guardian.metrics().register(registry));
+    let shift_counts = ShiftCounts::default();
+    metrics.register(|registry| shift_counts.register(registry));
+    tracker.spawn(shift_counts.run(topology.clone(), stop.clone()));
     let shifts = Shifts::spawn(
         ShiftOptions {
             center: config.center.id.clone(),

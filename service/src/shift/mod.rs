@@ -6,6 +6,7 @@
 //! adopt`: see [`Recovery`].
 
 mod coordinator;
+mod counts;
 mod forced;
 mod guardian;
 mod ledger;
@@ -26,6 +27,7 @@ mod tests;
 mod verdict;
 mod verify;
 
+pub use counts::ShiftCounts;
 pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, ServerProcess};
 pub use ledger::{InitError, Ledger, LedgerError};
 pub use operation::{Refusal, ShiftError, ShiftOptions, ShiftRequest, Shifts};
