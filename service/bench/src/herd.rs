@@ -11,8 +11,6 @@ use seckill_ledger::testkit::RedisServer;
 use crate::process::cpu_time;
 use crate::purchases;
 
-/// Purchases under way.
-const IN_FLIGHT: usize = 4096;
 /// Until the pipeline is full, and what is counted then.
 const WARM_UP: Duration = Duration::from_millis(500);
 const COUNTED: Duration = Duration::from_millis(2000);
@@ -30,8 +28,9 @@ pub(crate) struct Turn {
     pub(crate) own_us: f64,
 }
 
-/// Buys with so many purchases under way, each by another user.
+/// Buys with `in_flight` purchases under way, each by another user.
 pub(crate) async fn turn(
+    in_flight: usize,
     inventory: &Inventory,
     master: &RedisServer,
     sale: &SaleId,
@@ -41,7 +40,7 @@ pub(crate) async fn turn(
     let (done, counting, over) =
         (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)));
     let mut buyers = tokio::task::JoinSet::new();
-    for _ in 0..IN_FLIGHT {
+    for _ in 0..in_flight {
         let (inventory, sale) = (inventory.clone(), sale.clone());
         let (user, done) = (Arc::clone(&user), Arc::clone(&done));
         let (counting, over) = (Arc::clone(&counting), Arc::clone(&over));

@@ -60,18 +60,43 @@ pub struct WireKey(pub KeyDigest);
 
 impl Serialize for WireKey {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(&format_args!("{:032x}", u128::from_be_bytes(self.0)))
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let mut text = [0; 32];
+        for (pair, byte) in text.chunks_exact_mut(2).zip(self.0) {
+            pair.copy_from_slice(&[DIGITS[usize::from(byte >> 4)], DIGITS[usize::from(byte & 15)]]);
+        }
+        serializer.serialize_str(std::str::from_utf8(&text).map_err(serde::ser::Error::custom)?)
     }
 }
 
 impl<'de> Deserialize<'de> for WireKey {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
-        let valid = text.len() == 32 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
-        match u128::from_str_radix(&text, 16) {
-            Ok(number) if valid => Ok(WireKey(number.to_be_bytes())),
-            _ => Err(serde::de::Error::custom("a key's digest is 32 hexadecimal digits")),
+        deserializer.deserialize_str(KeyText)
+    }
+}
+
+/// Reads a [`WireKey`] where it stands: a batch has hundreds of them.
+struct KeyText;
+
+impl serde::de::Visitor<'_> for KeyText {
+    type Value = WireKey;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("a key's digest, 32 hexadecimal digits")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<WireKey, E> {
+        let invalid = || E::invalid_value(serde::de::Unexpected::Str(text), &self);
+        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let mut digest = KeyDigest::default();
+        if text.len() != 2 * digest.len() {
+            return Err(invalid());
         }
+        for (byte, pair) in digest.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let (high, low) = digit(pair[0]).zip(digit(pair[1])).ok_or_else(invalid)?;
+            *byte = high << 4 | low;
+        }
+        Ok(WireKey(digest))
     }
 }
 

@@ -27,7 +27,7 @@ use crate::topology::{Acknowledge, Authority, Grant};
 
 /// How far apart barriers are sent while somebody waits. Each costs Redis some 30 µs and a sync of its file;
 /// half of this is what it adds to the round trip. Unpaced ones bunch up.
-const TURN: Duration = Duration::from_millis(3);
+const TURN: Duration = Duration::from_millis(2);
 /// How long the replicas may take to confirm. Longer than any healthy pair of centers is apart, shorter than a
 /// purchase's deadline, so that a purchase gets several barriers.
 const WAIT_TIMEOUT: Duration = Duration::from_secs(1);
@@ -37,7 +37,7 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(2);
 const USUAL_ROUND_TRIP: Duration = Duration::from_millis(30);
 /// Connections beyond those that the round trip keeps busy.
 const SPARE_LINES: u32 = 2;
-/// Connections at most, however far the centers are apart (190 ms in even turns).
+/// Connections at most, however far the centers are apart (124 ms in even turns).
 const MAX_LINES: usize = 64;
 /// Those that wait for the next turn. Each lane has a bounded number of batches under way, each worker one.
 const MAX_TICKETS: usize = 4096;

@@ -49,7 +49,7 @@ const RECHECK: Duration = Duration::from_millis(100);
 
 /// A call of this center's Redis that takes longer is no longer waited for blindly: purchases in the queue are taken
 /// out meanwhile, so that each is answered by its deadline.
-const SLOW: Duration = Duration::from_millis(100);
+const SLOW: Duration = Duration::from_millis(250);
 
 /// Passes of the scheduler that a batch may wait for more purchases at most; one takes some 10 µs under load.
 const GATHER_PASSES: usize = 32;
