@@ -201,7 +201,7 @@ async fn a_service_that_slept_through_a_shift_changes_nothing_when_it_wakes_up()
     .await;
     centers.until_master(Which::B).await;
     crowd.until_more(100).await;
-    println!("{} bought while a slept", woken);
+    println!("{woken} bought while a slept");
     let heard = crowd.stop().await;
     println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
     assert_eq!(compare_books(&centers, Which::B, "phone", &heard.bought).await, heard.bought.len() as u64);
