@@ -60,21 +60,26 @@ for role in admin payments; do
     mv "$data/$role-token.half" "$data/$role-token"
 done
 
-# A database of each center's own, for an account that may do nothing else.
+# One database in both centers: what is made in a's server is replicated to b's, and back. Its account may do nothing else,
+# except to see how replication goes.
 [ -s "$data/mariadb-password" ] || od -An -tx1 -N16 /dev/urandom | tr -d ' \n' >"$data/mariadb-password"
-create_database() { # CENTER URL
-    local server=${2#mysql://root@}
-    mariadb --no-defaults --protocol=tcp --host="${server%:*}" --port="${server#*:}" --user=root <<SQL
-CREATE DATABASE IF NOT EXISTS seckill_$1;
-CREATE USER IF NOT EXISTS 'seckill_$1'@'127.0.0.1';
-ALTER USER 'seckill_$1'@'127.0.0.1' IDENTIFIED BY '$(cat "$data/mariadb-password")';
-GRANT ALL ON seckill_$1.* TO 'seckill_$1'@'127.0.0.1';
-SQL
-    echo "mysql://seckill_$1@$server/seckill_$1"
+mariadb_at() { # URL
+    local server=${1#mysql://root@}
+    mariadb --no-defaults --protocol=tcp --host="${server%:*}" --port="${server#*:}" --user=root
 }
+mariadb_at "$SECKILL_TEST_MARIADB" <<SQL
+CREATE DATABASE IF NOT EXISTS seckill;
+CREATE USER IF NOT EXISTS 'seckill'@'127.0.0.1';
+ALTER USER 'seckill'@'127.0.0.1' IDENTIFIED BY '$(cat "$data/mariadb-password")';
+GRANT ALL ON seckill.* TO 'seckill'@'127.0.0.1';
+GRANT BINLOG MONITOR, REPLICA MONITOR ON *.* TO 'seckill'@'127.0.0.1';
+SQL
+until mariadb_at "$SECKILL_TEST_MARIADB_B" <<<"SHOW GRANTS FOR 'seckill'@'127.0.0.1'" 2>/dev/null | grep -q MONITOR; do
+    sleep 0.2
+done
 declare -A database
-database[a]=$(create_database a "$SECKILL_TEST_MARIADB")
-database[b]=$(create_database b "$SECKILL_TEST_MARIADB_B")
+database[a]="mysql://seckill@${SECKILL_TEST_MARIADB#mysql://root@}/seckill"
+database[b]="mysql://seckill@${SECKILL_TEST_MARIADB_B#mysql://root@}/seckill"
 
 for center in "${centers[@]}"; do
     [ -s "$data/cross-$center" ] || od -An -tx1 -N32 /dev/urandom | tr -d ' \n' >"$data/cross-$center"

@@ -7,6 +7,9 @@ use std::time::Duration;
 /// Why a part does not run, or does not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum PartError {
+    /// Two servers were told to replicate each other, and the second does not follow.
+    #[error("a server does not follow the other one; its log says why")]
+    Unpaired,
     /// No such program.
     #[error("{program} is not installed: run `make setup`, or `apt-get install {package}`")]
     Missing {

@@ -15,10 +15,14 @@ const ACCOUNT: &str = "seckill";
 /// How long one attempt to log in may take while a server starts.
 const LOGIN_WAIT: Duration = Duration::from_secs(5);
 
+/// How long a new pair may take until the second has what the first one has.
+const PAIRED_WITHIN: Duration = Duration::from_secs(30);
+
 /// How to run a server.
 #[derive(Debug, Clone)]
 pub struct MariadbOptions {
-    /// `server_id` and `gtid_domain_id`: different for servers that replicate from each other.
+    /// `server_id`, `gtid_domain_id` and `auto_increment_offset`: different for servers that replicate from each other.
+    /// 1 or more.
     pub server_id: u32,
     /// Who it lives for.
     pub lifetime: Lifetime,
@@ -88,6 +92,9 @@ impl Mariadb {
             format!("--server-id={id}"),
             format!("--gtid-domain-id={id}"),
             "--gtid-strict-mode=ON".to_owned(),
+            // Servers that replicate each other never give out the same row number.
+            "--auto-increment-increment=8".to_owned(),
+            format!("--auto-increment-offset={}", (id - 1) % 8 + 1),
             "--log-bin=binlog".to_owned(),
             "--binlog-format=ROW".to_owned(),
             "--max-binlog-size=64M".to_owned(),
@@ -157,6 +164,19 @@ impl Mariadb {
             connection.execute(AssertSqlSafe(statement)).await?;
         }
         Ok(connection.close().await?)
+    }
+
+    /// Makes two servers replicate each other, with an empty database of this name in both. Returns the URLs for the
+    /// service's account, of this one and of the other. Whatever either held before goes to the other one, too.
+    pub async fn pair_with(&self, other: &Mariadb, name: &str) -> Result<(String, String), PartError> {
+        let url = self.create_database(name).await?;
+        other.replicate_from(self.port).await?;
+        self.replicate_from(other.port).await?;
+        if !other.catches_up_with(self, PAIRED_WITHIN).await? {
+            return Err(PartError::Unpaired);
+        }
+        let other_url = url.replace(&format!(":{}/", self.port), &format!(":{}/", other.port));
+        Ok((url, other_url))
     }
 
     /// Waits until this server has applied everything that `other` has committed by now; whether that happened before

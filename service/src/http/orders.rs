@@ -126,6 +126,14 @@ impl Public {
         }
     }
 
+    /// Whether orders of a table are changed at the moment: not while they move to another center.
+    fn may_change(&self, table: Table) -> Result<(), Problem> {
+        match self.state.topology.current().blocked_shards.contains(&table.shard()) {
+            true => Err(Problem::home_is_moving()),
+            false => Ok(()),
+        }
+    }
+
     /// An order, wherever it is on its way: its table, else the outbox, else (it may have arrived in between)
     /// its table once more.
     pub(super) async fn find(&self, order_id: OrderId) -> Result<Found, Problem> {
@@ -223,6 +231,7 @@ pub(super) async fn cancel(public: Arc<Public>, mut call: Call) -> Result<Respon
     }
     let order_id = call.order_id(2)?;
     call.no_fields().await?;
+    public.may_change(order_id.table())?;
     let mut outcome = state.orders.cancel(&uid, order_id).await?;
     if matches!(outcome, CancelOutcome::NotFound) {
         // Perhaps it is on its way. Somebody else's is not waited for.
@@ -258,6 +267,7 @@ pub(super) async fn pay(public: Arc<Public>, mut call: Call) -> Result<Response,
     }
     let PayBody { payment_id, amount, coupon_id } = call.json().await?;
     let amount = i64::try_from(amount).map_err(|_| Problem::bad_request("amount is too large"))?;
+    public.may_change(order_id.table())?;
     let payment = Payment { order_id, payment_id, amount: Money::stored(amount), coupon_id };
     let mut outcome = state.orders.pay(payment.clone()).await?;
     if matches!(outcome, PayOutcome::NotFound) {

@@ -468,13 +468,20 @@ impl From<SaleError> for Problem {
     }
 }
 
+impl Problem {
+    /// The shard of the buyer is on its way to another center.
+    pub(super) fn home_is_moving() -> Problem {
+        Problem::with_detail(Code::Shifting, "The buyer's orders are moving to another center")
+            .executed(Executed::No)
+    }
+}
+
 impl From<orders::Error> for Problem {
     fn from(error: orders::Error) -> Self {
         match error {
             orders::Error::Overloaded => Problem::new(Code::Overloaded).executed(Executed::No),
-            orders::Error::Closed | orders::Error::NotOwner(_) => {
-                Problem::new(Code::OrdersUnavailable).executed(Executed::No)
-            }
+            orders::Error::Closed => Problem::new(Code::OrdersUnavailable).executed(Executed::No),
+            orders::Error::NotOwner(_) => Problem::home_is_moving(),
             error @ orders::Error::Unknown(_) => {
                 Problem::new(Code::OrdersUnavailable).executed(Executed::Unknown).caused_by(error)
             }

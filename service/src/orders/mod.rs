@@ -14,6 +14,7 @@ mod error;
 mod expiry;
 mod fail_point;
 mod kafka;
+mod keeper;
 mod metrics;
 mod model;
 mod reading;
@@ -32,11 +33,15 @@ pub use centers::{Homes, OrderCenters, Untold};
 pub use dead_letters::{Replay, StillUnreadable, replay};
 pub use error::Error;
 pub use kafka::{CenterLabel, ConsumerStatus, KafkaMetrics, KafkaOptions, KafkaQueue, RelayStatus};
+pub use keeper::{follow_owners, spawn_keeper};
 pub use metrics::OrderMetrics;
 pub use model::{
     AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, InvalidCursor, Order, OrderFilter, Page,
     PayOutcome, Payment, PaymentId, Refund, Release, ReleaseReason, SaleCounts, StatusCounts,
 };
-pub use store::{AuditOrder, AuditRows, Counts, OrderStore, StoreOptions, UnreadableOrder};
+pub use store::{
+    AuditOrder, AuditRows, Counts, FenceError, Fenced, OrderStore, Owners, ReplicaStatus, ServerStanding,
+    ShardRow, StoreOptions, Turned, UnreadableOrder,
+};
 pub use updates::{Subscription, TooManySubscribers, Updates};
 pub use workers::{Queue, TailerStatus, WorkerOptions, Workers};

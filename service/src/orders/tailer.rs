@@ -6,7 +6,7 @@
 //! Positions move in the transaction that stores the orders (R2). Losing the connection, the process or a race
 //! against another tailer at any point means reading the same entries again.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use seckill_domain::{OrderRecord, OutboxId};
 use seckill_ledger::outbox::{self, Entry, Event, Page};
@@ -25,6 +25,8 @@ const BLOCK_MS: u64 = 1000;
 /// pages of some hundred tables: at 512 orders one costs 20 µs of CPU, at 4096 half of that. A buyer who polls
 /// does not notice.
 const LINGERS: [(usize, Duration); 2] = [(512, Duration::from_millis(150)), (64, Duration::from_millis(50))];
+/// How often a tailer without work looks where the database says it is.
+const LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// Entries in one page.
 const MIN_ENTRIES: usize = 8;
 const MAX_ENTRIES: usize = 1024;
@@ -93,7 +95,11 @@ impl Tailer {
     }
 
     async fn follow(&self, token: &CancellationToken, streak: &mut Streak) -> Result<(), Halt> {
+        // Before the position is read: a turn that comes later is seen.
+        let mut turns = self.store.turns();
+        turns.mark_unchanged();
         let mut position = self.store.position(self.link.partition).await?;
+        let mut looked = Instant::now();
         let mut source = Source::open(&self.link).await?;
         let mut entries = MIN_ENTRIES;
         let mut page = source.read(&self.link, position, entries).await?;
@@ -111,6 +117,17 @@ impl Tailer {
                     None => return Ok(()),
                     Some(found) => found?,
                 };
+                // Shards have come to this center, and the position may have gone back: read it again. Another
+                // instance may have been the one that took them.
+                if turns.has_changed().unwrap_or(false) {
+                    return Ok(());
+                }
+                if looked.elapsed() >= LOOK_INTERVAL {
+                    looked = Instant::now();
+                    if self.store.position(self.link.partition).await? != position {
+                        return Ok(());
+                    }
+                }
                 page = source.read(&self.link, position, entries).await?;
                 continue;
             };

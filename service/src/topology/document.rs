@@ -44,6 +44,10 @@ pub struct Topology {
     pub centers: BTreeMap<CenterId, Center>,
     /// The home center of each of the 64 shards, by shard number.
     pub shard_owners: Vec<CenterId>,
+    /// Number of the latest attempt to move shards: recorded before any database hears of it, and never used again
+    /// (O1). It is a number of its own, because the ledger takes no part in it and sales go on.
+    #[serde(default)]
+    pub shard_epoch: i64,
     /// Shards whose orders are not written at the moment.
     #[serde(default)]
     pub blocked_shards: Vec<Shard>,
@@ -87,6 +91,7 @@ impl Topology {
             history: Vec::new(),
             shard_owners: vec![id.clone(); usize::from(SHARDS)],
             centers: BTreeMap::from([(id, center)]),
+            shard_epoch: 0,
             blocked_shards: Vec::new(),
             limits,
             ledger_runs: BTreeMap::new(),

@@ -98,6 +98,10 @@ impl Consumer {
                 // The end, or the shards have moved.
                 Ok(()) => {}
                 Err(Halt::Store(Error::Closed)) => return,
+                // It is let go of: the others go on, and its next owner is told of what is left by the relay.
+                Err(Halt::Store(Error::NotOwner(shard))) if self.is_moving(shard) => {
+                    aside.foreign.extend(&self.topology.borrow().blocked_shards);
+                }
                 // Another consumer stored these: read the offsets again.
                 Err(Halt::Store(Error::PositionMoved { .. })) => {
                     self.metrics.overtaken.inc();
@@ -133,13 +137,14 @@ impl Consumer {
         });
     }
 
-    /// The shards whose orders this center stores now.
+    /// The shards whose orders this center stores now. While some are moved, what is in their partitions is stored
+    /// until the database lets go of them.
     fn shards(&self) -> Vec<Shard> {
-        let topology = self.topology.borrow();
-        Shard::all()
-            .filter(|shard| *topology.home_center(*shard) == self.center)
-            .filter(|shard| !topology.blocked_shards.contains(shard))
-            .collect()
+        self.topology.borrow().shards_of(&self.center).collect()
+    }
+
+    fn is_moving(&self, shard: Shard) -> bool {
+        self.topology.borrow().blocked_shards.contains(&shard)
     }
 
     /// Stores what comes until something fails, the shards move or the token is cancelled.
@@ -149,9 +154,24 @@ impl Consumer {
         streak: &mut Streak,
         aside: &mut Aside,
     ) -> Result<(), Halt> {
+        let mut topology = self.topology.clone();
+        topology.mark_unchanged();
         let shards = self.shards();
         let mut stored: Offsets = self.store.kafka_offsets().await?.into_iter().collect();
         stored.retain(|shard, _| shards.contains(shard) && !aside.foreign.contains(shard));
+        if stored.is_empty() {
+            // Nobody is at home here, or everybody is on the way to another center.
+            aside.foreign.clear();
+            self.metrics.offsets_lost.set(0);
+            self.lag(&stored, &Ends::new());
+            self.report(ConsumerStatus::Following { lag: 0, lost: Vec::new() });
+            tokio::select! {
+                () = token.cancelled() => {}
+                Ok(()) = topology.changed() => {}
+                () = tokio::time::sleep(LOOK_INTERVAL) => {}
+            }
+            return Ok(());
+        }
         if !aside.checked {
             match token.run_until_cancelled(self.topics.ensure(&self.connection)).await {
                 None => return Ok(()),
@@ -212,6 +232,14 @@ impl Consumer {
                     }
                     None => return Err(Halt::Broken("the reading thread ended".to_owned())),
                 },
+                changed = topology.changed() => {
+                    // Its sender lives as long as the service.
+                    let moved = self.shards() != shards || !aside.foreign.is_empty();
+                    if changed.is_err() || moved {
+                        aside.foreign.clear();
+                        return Ok(());
+                    }
+                }
                 _ = look.tick() => {
                     if self.shards() != shards || !std::mem::take(&mut aside.foreign).is_empty() {
                         return Ok(());

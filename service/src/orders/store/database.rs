@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use seckill_domain::{CenterId, Shard};
 use sqlx::mysql::{MySqlConnectOptions, MySqlPool};
 use sqlx::sqlite::SqlitePool;
 
 use super::super::error::Error;
+use super::mysql::Tables;
 use super::session::Session;
 use super::{mysql, schema};
 
@@ -42,15 +42,15 @@ impl Database {
         }
     }
 
-    /// Opens the first connection and brings the tables to this release's form. New ones own these shards.
-    pub(super) async fn open(&self, center: &CenterId, shards: &[Shard]) -> Result<Session, Error> {
+    /// Opens the first connection and brings the tables to this release's form.
+    pub(super) async fn open(&self, tables: &Tables<'_>) -> Result<Session, Error> {
         let mut session = self.connect().await.map_err(|error| self.not_opened(error))?;
         match (&mut session, self) {
             (Session::Sqlite(conn), _) => {
-                schema::migrate(conn, center, shards).await?;
-                schema::check_owner(&mut session, center).await?;
+                schema::migrate(conn, tables.center, tables.shards).await?;
+                schema::check_owner(&mut session, tables.center).await?;
             }
-            (_, Database::MySql(_)) => mysql::migrate(&mut session, center, shards).await?,
+            (_, Database::MySql(_)) => mysql::migrate(&mut session, tables).await?,
             (_, Database::Sqlite(_)) => {}
         }
         Ok(session)

@@ -114,7 +114,7 @@ async fn set_aside_entry(tx: &mut Tx<'_>, entry: &Unreadable) -> Result<u64, Err
     let reason: String = entry.reason.chars().take(REASON_CHARS).collect();
     let raw: String = entry.raw.chars().take(RAW_CHARS).collect();
     let (queue, partition, place) = origin_columns(entry.origin);
-    let done = tx.conn.execute(format!("{insert} unreadable (queue, `partition`, outbox_id, reason, raw, created_at) VALUES (?, ?, ?, ?, ?, ?)"), values![queue, partition, place, reason, raw, tx.now.0])
+    let done = tx.conn.execute(format!("{insert} unreadable (queue, `partition`, outbox_id, reason, raw, created_at, center) VALUES (?, ?, ?, ?, ?, ?, ?)"), values![queue, partition, place, reason, raw, tx.now.0, tx.center.as_str()])
     .await?;
     Ok(done)
 }
@@ -123,8 +123,8 @@ async fn settle(tx: &mut Tx<'_>, origin: Origin) -> Result<(), Error> {
     let (queue, partition, place) = origin_columns(origin);
     tx.conn
         .execute(
-            "DELETE FROM unreadable WHERE queue = ? AND `partition` = ? AND outbox_id = ?",
-            values![queue, partition, place],
+            "DELETE FROM unreadable WHERE queue = ? AND `partition` = ? AND outbox_id = ? AND center = ?",
+            values![queue, partition, place, tx.center.as_str()],
         )
         .await?;
     Ok(())

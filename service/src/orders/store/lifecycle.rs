@@ -127,13 +127,19 @@ enum Earlier {
 }
 
 async fn earlier_payment(conn: &mut Session, payment: &Payment) -> Result<Option<Earlier>, Error> {
-    let row = conn
-        .row(
+    // Two centers whose databases replicate each other may each have booked the same id before they heard of it.
+    let rows = conn
+        .rows(
             "SELECT order_id, amount, coupon_id, outcome FROM payments WHERE payment_id = ?",
             values![payment.payment_id.as_str()],
         )
         .await?;
-    let Some(row) = row else { return Ok(None) };
+    let Some(mut row) = rows.first() else { return Ok(None) };
+    for other in &rows {
+        if parse_order_id(other.text(0)?)? == payment.order_id {
+            row = other;
+        }
+    }
     let order_id = parse_order_id(row.text(0)?)?;
     let amount = row.int(1)?;
     let coupon_id = row.opt_text(2)?.map(parse_order_id).transpose()?;
@@ -148,8 +154,8 @@ async fn earlier_payment(conn: &mut Session, payment: &Payment) -> Result<Option
     }
     let refund = conn
         .one(
-            format!("SELECT {} FROM refunds WHERE payment_id = ?", read::refund_columns()),
-            values![payment.payment_id.as_str()],
+            format!("SELECT {} FROM refunds WHERE payment_id = ? AND order_id = ?", read::refund_columns()),
+            values![payment.payment_id.as_str(), order_id.to_string()],
         )
         .await?;
     Ok(Some(Earlier::Refunded(read::refund_from(&refund)?)))
@@ -158,15 +164,16 @@ async fn earlier_payment(conn: &mut Session, payment: &Payment) -> Result<Option
 async fn record_payment(tx: &mut Tx<'_>, payment: &Payment, outcome: &str) -> Result<(), Error> {
     tx.conn
         .execute(
-            "INSERT INTO payments (payment_id, order_id, amount, coupon_id, outcome, created_at)
-         VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT INTO payments (payment_id, order_id, amount, coupon_id, outcome, created_at, center)
+         VALUES (?, ?, ?, ?, ?, ?, ?)",
             values![
                 payment.payment_id.as_str(),
                 payment.order_id.to_string(),
                 payment.amount.minor_units(),
                 payment.coupon_id.map(|id| id.to_string()),
                 outcome,
-                tx.now.0
+                tx.now.0,
+                tx.center.as_str()
             ],
         )
         .await?;
@@ -175,8 +182,8 @@ async fn record_payment(tx: &mut Tx<'_>, payment: &Payment, outcome: &str) -> Re
 
 async fn record_refund(tx: &mut Tx<'_>, payment: &Payment, order: &Order) -> Result<Refund, Error> {
     record_payment(tx, payment, "refund").await?;
-    tx.conn.execute("INSERT INTO refunds (payment_id, order_id, uid, sale_id, amount, currency, order_status, created_at)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values![payment.payment_id.as_str(), order.order_id.to_string(), order.uid.as_str(), order.sale_id.as_str(), payment.amount.minor_units(), order.currency.as_str(), order.status.as_str(), tx.now.0])
+    tx.conn.execute("INSERT INTO refunds (payment_id, order_id, uid, sale_id, amount, currency, order_status, created_at, center)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", values![payment.payment_id.as_str(), order.order_id.to_string(), order.uid.as_str(), order.sale_id.as_str(), payment.amount.minor_units(), order.currency.as_str(), order.status.as_str(), tx.now.0, tx.center.as_str()])
     .await?;
     Ok(Refund {
         payment_id: payment.payment_id.clone(),
@@ -287,21 +294,21 @@ impl Write for Expire {
 
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Expired, Error> {
         let after = self.after.map_or(i64::MIN, |after| after.0);
+        // A shard that was handed over is its new owner's to expire.
+        let own = tx.owned.condition("order_id");
         let due = tx
             .conn
             .rows(
-                "SELECT order_id, expires_at FROM expiries WHERE expires_at > ? AND expires_at <= ?
-             ORDER BY expires_at, order_id LIMIT ?",
+                format!(
+                    "SELECT order_id, expires_at FROM expiries WHERE expires_at > ? AND expires_at <= ?{own}
+             ORDER BY expires_at, order_id LIMIT ?"
+                ),
                 values![after, self.until.0, self.limit],
             )
             .await?;
         let mut orders = Vec::new();
         for row in &due {
             let order_id = parse_order_id(row.text(0)?)?;
-            // A shard that was handed over is its new owner's to expire.
-            if !tx.owned.contains(order_id.table().shard()) {
-                continue;
-            }
             let order = match find(tx.conn, order_id).await {
                 Ok(Some(order)) => order,
                 Ok(None) => continue,
@@ -319,7 +326,7 @@ impl Write for Expire {
         }
         if let Some(last) = due.last() {
             let (id, at) = (last.text(0)?, last.int(1)?);
-            tx.conn.execute("DELETE FROM expiries WHERE expires_at > ? AND expires_at <= ? AND (expires_at, order_id) <= (?, ?)", values![after, at, at, id])
+            tx.conn.execute(format!("DELETE FROM expiries WHERE expires_at > ? AND expires_at <= ? AND (expires_at, order_id) <= (?, ?){own}"), values![after, at, at, id])
                 .await?;
         }
         let outcome = ExpireOutcome { expired: orders.len() as u64, more: due.len() == self.limit as usize };
@@ -402,7 +409,10 @@ impl Write for CancelLost {
     async fn run(&self, tx: &mut Tx<'_>) -> Result<Vec<OrderId>, Error> {
         let mut cancelled = Vec::new();
         for order_id in &self.orders {
-            tx.owned.check(order_id.table().shard())?;
+            // A copy of another center's order is that center's to cancel.
+            if !tx.owned.contains(order_id.table().shard()) {
+                continue;
+            }
             let Some(order) = find(tx.conn, *order_id).await? else { continue };
             if order.status != OrderStatus::Created {
                 continue;

@@ -8,20 +8,24 @@ mod insert_mysql;
 mod insert_sqlite;
 mod lifecycle;
 mod mysql;
+mod ownership;
 mod positions;
 mod queue;
 mod read;
+mod replication;
 mod schema;
 mod session;
 mod transaction;
 mod writer;
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
 use seckill_domain::{CenterId, Clock, Millis, OrderId, OutboxId, SaleId, Shard, SystemClock, Table, Uid};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::batch::{StoreBatch, StoreOutcome, Unreadable};
@@ -34,7 +38,10 @@ use super::model::{
 use super::updates::Updates;
 pub use audit::{AuditOrder, AuditRows, UnreadableOrder};
 use database::{Database, Readers};
+use mysql::Tables;
+pub use ownership::{FenceError, Fenced, Owners, ShardRow, Turned};
 use positions::Positions;
+pub use replication::{ReplicaStatus, ServerStanding};
 use session::Session;
 use writer::{Hub, Writer};
 
@@ -48,6 +55,10 @@ pub struct StoreOptions {
     pub center: CenterId,
     /// The shards that it owns, for a new database; one that exists says it itself (O1).
     pub shards: Vec<Shard>,
+    /// The shards of other centers: for a new database whose server replicates with theirs.
+    pub others: Vec<(Shard, CenterId)>,
+    /// Where servers replicate each other, one center makes the tables: the others wait for them.
+    pub makes_tables: bool,
     /// Connections that read; writes have their own: one with SQLite, eight with MySQL.
     pub max_connections: u32,
     /// Where the time comes from.
@@ -62,6 +73,8 @@ impl StoreOptions {
         StoreOptions {
             center,
             shards: Shard::all().collect(),
+            others: Vec::new(),
+            makes_tables: true,
             max_connections: 4,
             clock: Arc::new(SystemClock),
             metrics: OrderMetrics::default(),
@@ -81,6 +94,11 @@ pub struct OrderStore {
 
 struct Shared {
     center: CenterId,
+    database: Arc<Database>,
+    /// Counts how often shards have come to this center.
+    turns: watch::Sender<u64>,
+    /// The shards that the topology gives to this center, as bits: no transaction writes others.
+    given: Arc<AtomicU64>,
     // Taken out when the store is closed: the task ends when no sender is left.
     writer: Mutex<Option<Writer>>,
     tasks: Mutex<Vec<JoinHandle<()>>>,
@@ -94,14 +112,19 @@ impl OrderStore {
     /// brings its tables to this release's form.
     pub async fn open(database_url: &str, options: StoreOptions) -> Result<OrderStore, Error> {
         let database = Arc::new(Database::of(database_url)?);
-        let StoreOptions { center, shards, max_connections, clock, metrics } = options;
-        let session = database.open(&center, &shards).await?;
+        let StoreOptions { center, shards, others, makes_tables, max_connections, clock, metrics } = options;
+        let tables = Tables { center: &center, shards: &shards, others: &others, makes: makes_tables };
+        let session = database.open(&tables).await?;
         let readers = database.readers(max_connections).await?;
         let updates = Updates::default();
         let hub = Arc::new(Hub { updates: updates.clone(), metrics: metrics.clone() });
-        let (writer, tasks) = Writer::start(&database, session, &center, &clock, &hub);
+        let given = Arc::new(AtomicU64::new(u64::MAX));
+        let (writer, tasks) = Writer::start(&database, session, &center, &clock, &hub, &given);
         let shared = Shared {
             center,
+            database,
+            turns: watch::Sender::new(0),
+            given,
             writer: Mutex::new(Some(writer)),
             tasks: Mutex::new(tasks),
             clock,
@@ -193,7 +216,8 @@ impl OrderStore {
 
     /// For each of the 64 shards the offset of the next Kafka record to store; 0 before the first.
     pub async fn kafka_offsets(&self) -> Result<Vec<(Shard, i64)>, Error> {
-        self.read(move |conn| Box::pin(positions::kafka_offsets(conn))).await
+        let center = self.shared.center.clone();
+        self.read(move |conn| Box::pin(async move { positions::kafka_offsets(conn, &center).await })).await
     }
 
     /// An order.
@@ -244,7 +268,9 @@ impl OrderStore {
 
     /// Money that has to go back, newest first.
     pub async fn refunds(&self, limit: u32, cursor: Option<Cursor>) -> Result<Page<Refund>, Error> {
-        self.read(move |conn| Box::pin(async move { read::refunds(conn, limit, cursor).await })).await
+        let center = self.shared.center.clone();
+        self.read(move |conn| Box::pin(async move { read::refunds(conn, &center, limit, cursor).await }))
+            .await
     }
 
     /// Cancels an order of this user.
@@ -274,19 +300,24 @@ impl OrderStore {
 
     /// The first moment behind `after` at which an order may come due.
     pub async fn next_due(&self, after: Option<Millis>) -> Result<Option<Millis>, Error> {
-        self.read(move |conn| Box::pin(async move { read::next_due(conn, after).await })).await
+        let center = self.shared.center.clone();
+        self.read(move |conn| Box::pin(async move { read::next_due(conn, &center, after).await })).await
     }
 
     /// The oldest releases that wait for the ledger, those of some sales left out.
     pub async fn pending_releases(&self, limit: u32, except: &[SaleId]) -> Result<Vec<Release>, Error> {
         let except = except.to_vec();
-        self.read(move |conn| Box::pin(async move { read::pending_releases(conn, limit, &except).await }))
-            .await
+        let center = self.shared.center.clone();
+        self.read(move |conn| {
+            Box::pin(async move { read::pending_releases(conn, &center, limit, &except).await })
+        })
+        .await
     }
 
     /// How many releases wait for the ledger.
     pub async fn pending_release_count(&self) -> Result<i64, Error> {
-        self.read(move |conn| Box::pin(async move { read::pending_release_count(conn).await })).await
+        let center = self.shared.center.clone();
+        self.read(move |conn| Box::pin(async move { read::pending_release_count(conn, &center).await })).await
     }
 
     /// Forgets releases that the ledger answered; `unknown` are those whose claim it does not hold: they are
@@ -390,7 +421,9 @@ impl OrderStore {
 
     /// Outbox entries that were set aside, newest first.
     pub async fn unreadable(&self, limit: u32, cursor: Option<Cursor>) -> Result<Page<Unreadable>, Error> {
-        self.read(move |conn| Box::pin(async move { read::unreadable(conn, limit, cursor).await })).await
+        let center = self.shared.center.clone();
+        self.read(move |conn| Box::pin(async move { read::unreadable(conn, &center, limit, cursor).await }))
+            .await
     }
 }
 

@@ -7,11 +7,12 @@ use sqlx::mysql::{MySqlConnectOptions, MySqlConnection, MySqlPool, MySqlPoolOpti
 use sqlx::{AssertSqlSafe, ConnectOptions, Executor as _};
 
 use super::super::error::{Error, mysql_number};
+use super::replication;
 use super::schema::check_owner;
 use super::session::{Session, values};
 
 /// Version of the tables that this release writes.
-const SCHEMA: i64 = 1;
+const SCHEMA: i64 = 2;
 /// The oldest version whose releases can work with these tables.
 const OLDEST: i64 = 1;
 /// How long a connection may take to come about.
@@ -26,6 +27,10 @@ const PREPARED: usize = 64;
 const MIGRATION_WAIT: Duration = Duration::from_secs(600);
 /// One question for the migration lock. Shorter than the server's limit for a statement, which would end it.
 const LOCK_WAIT_S: u32 = 10;
+/// Between two looks whether another center has made the tables.
+const TABLES_AGAIN: Duration = Duration::from_millis(250);
+/// How long a statement may run.
+const STATEMENT_LIMIT_S: u32 = 30;
 /// Tables made by one call.
 const TABLES_A_CALL: usize = 32;
 /// What every connection is set to. Without backslashes and with strict values a text is what it says; the lock wait
@@ -55,14 +60,17 @@ pub(super) fn options_of(database_url: &str) -> Result<MySqlConnectOptions, Erro
 async fn set_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     conn.execute(SETTINGS).await?;
     let version: String = sqlx::query_scalar("SELECT VERSION()").fetch_one(&mut *conn).await?;
-    // Seconds with MariaDB, for every statement; milliseconds with MySQL, for queries.
-    let limit = if version.contains("MariaDB") {
-        "SET SESSION max_statement_time = 30"
-    } else {
-        "SET SESSION max_execution_time = 30000"
-    };
-    conn.execute(limit).await?;
+    conn.execute(limit_of(&version, STATEMENT_LIMIT_S)).await?;
     Ok(())
+}
+
+/// Limits statements: in seconds with MariaDB, every one; in milliseconds with MySQL, queries. 0 means no limit.
+fn limit_of(version: &str, seconds: u32) -> AssertSqlSafe<String> {
+    AssertSqlSafe(if version.contains("MariaDB") {
+        format!("SET SESSION max_statement_time = {seconds}")
+    } else {
+        format!("SET SESSION max_execution_time = {seconds}000")
+    })
 }
 
 /// Opens a connection that writes.
@@ -93,7 +101,13 @@ pub(super) fn readers(options: MySqlConnectOptions, connections: u32) -> MySqlPo
 /// through, the others find the work done. A statement that makes a table cannot be undone, so every step may be
 /// run again after it was interrupted, and the version is written behind it. Steps only add: releases before this
 /// one go on working beside it, as far back as `oldest` says.
-pub(super) async fn migrate(session: &mut Session, center: &CenterId, shards: &[Shard]) -> Result<(), Error> {
+///
+/// Where servers replicate each other one center makes the tables, and the others get them with everything else.
+pub(super) async fn migrate(session: &mut Session, tables: &Tables<'_>) -> Result<(), Error> {
+    let replicated = replication::is_replicated(session).await?;
+    if replicated && !tables.makes {
+        wait_for_tables(session).await?;
+    }
     session
         .run(
             "CREATE TABLE IF NOT EXISTS schema_version (
@@ -124,11 +138,16 @@ pub(super) async fn migrate(session: &mut Session, center: &CenterId, shards: &[
             }
             tracing::info!("another instance makes the tables of the order database; waiting for it");
         }
-        if version(session).await?.0 < 1 {
+        let (found, _) = version(session).await?;
+        if found < 1 {
             tracing::info!(
                 "making the tables of the order database; on a slow disk it takes a minute or two"
             );
-            version_1(session, center, shards).await?;
+            version_1(session).await?;
+            own_shards(session, tables, replicated).await?;
+        }
+        if found < 2 {
+            version_2(session, tables.center).await?;
         }
         session
             .run(format!(
@@ -138,8 +157,68 @@ pub(super) async fn migrate(session: &mut Session, center: &CenterId, shards: &[
             .await?;
         session.rows(format!("SELECT RELEASE_LOCK({LOCK})"), values![]).await?;
     }
-    session.run(format!("DELETE FROM writers WHERE at < UNIX_TIMESTAMP() - {FORGET_WRITERS_S}")).await?;
-    check_owner(session, center).await
+    let own = tables.center;
+    session
+        .run(format!(
+            "DELETE FROM writers WHERE writer LIKE '{own}.%' AND at < UNIX_TIMESTAMP() - {FORGET_WRITERS_S}"
+        ))
+        .await?;
+    if replicated { Ok(()) } else { check_owner(session, tables.center).await }
+}
+
+/// Whose tables they are to be.
+pub(super) struct Tables<'a> {
+    pub(super) center: &'a CenterId,
+    /// This center's shards, and those of the others.
+    pub(super) shards: &'a [Shard],
+    pub(super) others: &'a [(Shard, CenterId)],
+    /// Whether this center makes them where servers replicate each other.
+    pub(super) makes: bool,
+}
+
+/// Waits for the tables that another center makes.
+async fn wait_for_tables(session: &mut Session) -> Result<(), Error> {
+    let until = Instant::now() + MIGRATION_WAIT;
+    let mut told = false;
+    loop {
+        // Before the first of them there is no table to ask for its version.
+        let made = session
+            .number(
+                "SELECT COUNT(*) FROM information_schema.tables
+                 WHERE table_schema = DATABASE() AND table_name = 'schema_version'",
+                values![],
+            )
+            .await?;
+        if made > 0 && version(session).await?.0 >= SCHEMA {
+            return Ok(());
+        }
+        if Instant::now() >= until {
+            return Err(Error::Migrate(
+                "its server replicates from another one, but the tables that the master center makes do not \
+                 arrive; look at SHOW REPLICA STATUS"
+                    .to_owned(),
+            ));
+        }
+        if !std::mem::replace(&mut told, true) {
+            tracing::info!("waiting for the tables of the order database, which the master center makes");
+        }
+        tokio::time::sleep(TABLES_AGAIN).await;
+    }
+}
+
+/// Who owns what in a new database: this center's shards, and, where it is one of several that are one, everybody's.
+async fn own_shards(session: &mut Session, tables: &Tables<'_>, replicated: bool) -> Result<(), Error> {
+    let own = tables.shards.iter().map(|shard| (shard, tables.center));
+    let others = tables.others.iter().filter(|_| replicated).map(|(shard, owner)| (shard, owner));
+    for (shard, owner) in own.chain(others) {
+        session
+            .execute(
+                "INSERT IGNORE INTO shard_owner (shard, owner, epoch) VALUES (?, ?, 0)",
+                values![shard.number(), owner.as_str()],
+            )
+            .await?;
+    }
+    Ok(())
 }
 
 async fn version(session: &mut Session) -> Result<(i64, i64), Error> {
@@ -147,7 +226,7 @@ async fn version(session: &mut Session) -> Result<(i64, i64), Error> {
     row.map_or(Ok((0, 0)), |row| Ok((row.int(0)?, row.int(1)?)))
 }
 
-async fn version_1(session: &mut Session, center: &CenterId, shards: &[Shard]) -> Result<(), Error> {
+async fn version_1(session: &mut Session) -> Result<(), Error> {
     let mut sql = String::new();
     for (number, table) in Table::all().enumerate() {
         sql.push_str(&order_tables(table));
@@ -156,24 +235,65 @@ async fn version_1(session: &mut Session, center: &CenterId, shards: &[Shard]) -
         }
     }
     session.run(sql + OTHER_TABLES).await?;
-    for shard in shards {
-        session
-            .execute(
-                "INSERT IGNORE INTO shard_owner (shard, owner, epoch) VALUES (?, ?, 0)",
-                values![shard.number(), center.as_str()],
-            )
-            .await?;
-    }
-    for shard in Shard::all() {
-        session
-            .execute(
-                "INSERT IGNORE INTO kafka_offsets (shard, next_offset) VALUES (?, 0)",
-                values![shard.number()],
-            )
-            .await?;
-    }
     Ok(())
 }
+
+/// What several centers write side by side names its center: where servers replicate each other, two rows with one
+/// key would be a conflict. Positions get tables of their own, so that an earlier release beside this one goes on
+/// with its own positions; what both store is stored once.
+async fn version_2(session: &mut Session, center: &CenterId) -> Result<(), Error> {
+    // A table of payments may be long.
+    let version = replication::version(session).await?;
+    session.run(limit_of(&version, 0).0).await?;
+    session.run(POSITION_TABLES).await?;
+    session
+        .run(format!(
+            "INSERT IGNORE INTO outbox_positions SELECT '{center}', `partition`, position FROM outbox_position;
+             INSERT IGNORE INTO outbox_trim SELECT '{center}', `partition`, at, position FROM outbox_marks;
+             INSERT IGNORE INTO kafka_next SELECT '{center}', shard, next_offset FROM kafka_offsets
+               WHERE next_offset > 0"
+        ))
+        .await?;
+    for (table, keys) in [
+        ("payments", "DROP PRIMARY KEY, ADD PRIMARY KEY (payment_id, center)"),
+        ("refunds", "DROP INDEX payment_id, ADD UNIQUE KEY refunds_once (payment_id, center)"),
+        (
+            "unreadable",
+            "DROP INDEX unreadable_once,
+             ADD UNIQUE KEY unreadable_by_center (center, queue, `partition`, outbox_id, reason)",
+        ),
+    ] {
+        let has = session
+            .number(
+                "SELECT COUNT(*) FROM information_schema.columns
+                 WHERE table_schema = DATABASE() AND table_name = ? AND column_name = 'center'",
+                values![table],
+            )
+            .await?;
+        if has == 0 {
+            session
+                .run(format!(
+                    "ALTER TABLE {table} ADD COLUMN center VARCHAR(16) NOT NULL DEFAULT '{center}', {keys}"
+                ))
+                .await?;
+        }
+    }
+    session.run(limit_of(&version, STATEMENT_LIMIT_S).0).await?;
+    Ok(())
+}
+
+const POSITION_TABLES: &str = "
+    CREATE TABLE IF NOT EXISTS outbox_positions (
+      center VARCHAR(16) NOT NULL, `partition` BIGINT NOT NULL, position VARCHAR(48) NOT NULL,
+      PRIMARY KEY (center, `partition`)
+    ) ENGINE=InnoDB DEFAULT CHARSET=ascii COLLATE=ascii_bin;
+    CREATE TABLE IF NOT EXISTS outbox_trim (
+      center VARCHAR(16) NOT NULL, `partition` BIGINT NOT NULL, at BIGINT NOT NULL, position VARCHAR(48) NOT NULL,
+      PRIMARY KEY (center, `partition`, at)
+    ) ENGINE=InnoDB DEFAULT CHARSET=ascii COLLATE=ascii_bin;
+    CREATE TABLE IF NOT EXISTS kafka_next (
+      center VARCHAR(16) NOT NULL, shard BIGINT NOT NULL, next_offset BIGINT NOT NULL, PRIMARY KEY (center, shard)
+    ) ENGINE=InnoDB DEFAULT CHARSET=ascii COLLATE=ascii_bin;";
 
 /// Ids compare byte for byte: `Bob` is not `bob`. The clustered key grows at its end, because ids of one table grow.
 fn order_tables(table: Table) -> String {

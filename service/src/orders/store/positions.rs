@@ -10,12 +10,13 @@ use super::super::error::Error;
 use super::session::{Session, Value, values};
 use super::writer::Tx;
 
-/// What the tables say about every partition's outbox.
+/// What the tables say about every partition's outbox. Where databases replicate each other they hold the positions of
+/// several centers; this center's count.
 #[derive(Debug, Default)]
 pub(super) struct Positions {
-    /// By inventory partition, as its tailer left it.
+    /// By inventory partition, as this center's tailer left it.
     outbox: BTreeMap<u8, OutboxId>,
-    /// By inventory partition and shard, as the records in Kafka say.
+    /// By inventory partition and shard, as the records in Kafka say, or whoever handed the shard over.
     marks: BTreeMap<u8, BTreeMap<Shard, OutboxId>>,
     owned: Vec<Shard>,
 }
@@ -23,17 +24,21 @@ pub(super) struct Positions {
 impl Positions {
     pub(super) async fn read(conn: &mut Session, center: &CenterId) -> Result<Positions, Error> {
         let mut positions = Positions::default();
-        for row in conn.rows("SELECT `partition`, position FROM outbox_position", values![]).await? {
+        let own = conn
+            .rows(
+                "SELECT `partition`, position FROM outbox_positions WHERE center = ?",
+                values![center.as_str()],
+            )
+            .await?;
+        for row in own {
             positions.outbox.insert(row.small(0)?, row.text(1)?.parse()?);
         }
+        positions.owned = shards_of(conn, center).await?;
         for row in conn.rows("SELECT `partition`, shard, position FROM kafka_marks", values![]).await? {
-            let marks = positions.marks.entry(row.small(0)?).or_default();
-            marks.insert(shard_of(row.small(1)?)?, row.text(2)?.parse()?);
-        }
-        let owned =
-            conn.rows("SELECT shard FROM shard_owner WHERE owner = ?", values![center.as_str()]).await?;
-        for row in owned {
-            positions.owned.push(shard_of(row.small(0)?)?);
+            let shard = shard_of(row.small(1)?)?;
+            if positions.owned.contains(&shard) {
+                positions.marks.entry(row.small(0)?).or_default().insert(shard, row.text(2)?.parse()?);
+            }
         }
         Ok(positions)
     }
@@ -64,14 +69,24 @@ impl Positions {
     }
 }
 
-fn shard_of(number: u8) -> Result<Shard, Error> {
+pub(super) fn shard_of(number: u8) -> Result<Shard, Error> {
     Shard::new(number).ok_or_else(|| Error::Row(format!("shard {number}")))
 }
 
-/// For each shard the next offset.
-pub(super) async fn kafka_offsets(conn: &mut Session) -> Result<Vec<(Shard, i64)>, Error> {
-    let rows = conn.rows("SELECT shard, next_offset FROM kafka_offsets ORDER BY shard", values![]).await?;
-    rows.iter().map(|row| Ok((shard_of(row.small(0)?)?, row.int(1)?))).collect()
+/// The shards that the database gives to a center, read without a lock.
+pub(super) async fn shards_of(conn: &mut Session, center: &CenterId) -> Result<Vec<Shard>, Error> {
+    let rows = conn.rows("SELECT shard FROM shard_owner WHERE owner = ?", values![center.as_str()]).await?;
+    rows.iter().map(|row| shard_of(row.small(0)?)).collect()
+}
+
+/// For each shard the next offset in this center's Kafka; 0 before the first.
+pub(super) async fn kafka_offsets(conn: &mut Session, center: &CenterId) -> Result<Vec<(Shard, i64)>, Error> {
+    let sql = "SELECT shard, next_offset FROM kafka_next WHERE center = ?";
+    let mut next: BTreeMap<Shard, i64> = Shard::all().map(|shard| (shard, 0)).collect();
+    for row in conn.rows(sql, values![center.as_str()]).await? {
+        next.insert(shard_of(row.small(0)?)?, row.int(1)?);
+    }
+    Ok(next.into_iter().collect())
 }
 
 /// Moves the positions. One that is not where the caller took it to be undoes the whole transaction.
@@ -79,7 +94,7 @@ pub(super) async fn advance(tx: &mut Tx<'_>, steps: &[Advance]) -> Result<(), Er
     let mut kafka = Vec::with_capacity(steps.len());
     for step in steps {
         match step {
-            Advance::Outbox { partition, from, to } => move_outbox(tx.conn, *partition, *from, *to).await?,
+            Advance::Outbox { partition, from, to } => move_outbox(tx, *partition, *from, *to).await?,
             Advance::Kafka { shard, from, to, outbox } => {
                 tx.owned.check(*shard)?;
                 kafka.push(Step { shard: *shard, from: *from, to: *to, marks: outbox });
@@ -91,7 +106,7 @@ pub(super) async fn advance(tx: &mut Tx<'_>, steps: &[Advance]) -> Result<(), Er
     }
     // In the order of shards, two batches that meet wait for each other in the same order.
     kafka.sort_unstable_by_key(|step| step.shard);
-    move_kafka(tx.conn, &kafka).await?;
+    move_kafka(tx.conn, tx.center, &kafka).await?;
     raise_marks(tx.conn, &kafka).await
 }
 
@@ -103,11 +118,12 @@ struct Step<'a> {
     marks: &'a [(u8, OutboxId)],
 }
 
-async fn move_outbox(conn: &mut Session, partition: u8, from: OutboxId, to: OutboxId) -> Result<(), Error> {
+async fn move_outbox(tx: &mut Tx<'_>, partition: u8, from: OutboxId, to: OutboxId) -> Result<(), Error> {
+    let (conn, center) = (&mut *tx.conn, tx.center);
     let moved = conn
         .execute(
-            "UPDATE outbox_position SET position = ? WHERE `partition` = ? AND position = ?",
-            values![to.to_string(), partition, from.to_string()],
+            "UPDATE outbox_positions SET position = ? WHERE center = ? AND `partition` = ? AND position = ?",
+            values![to.to_string(), center.as_str(), partition, from.to_string()],
         )
         .await?;
     if moved == 1 {
@@ -117,50 +133,69 @@ async fn move_outbox(conn: &mut Session, partition: u8, from: OutboxId, to: Outb
         // Only now: an insert that finds the row shares its lock, and two that both want to move it afterwards would
         // wait for each other.
         let insert = conn.dialect().insert_new();
-        let sql = format!("{insert} outbox_position (`partition`, position) VALUES (?, ?)");
-        if conn.execute(sql, values![partition, to.to_string()]).await? == 1 {
+        let sql = format!("{insert} outbox_positions (center, `partition`, position) VALUES (?, ?, ?)");
+        if conn.execute(sql, values![center.as_str(), partition, to.to_string()]).await? == 1 {
             return Ok(());
         }
     }
-    let row =
-        conn.row("SELECT position FROM outbox_position WHERE `partition` = ?", values![partition]).await?;
-    let found = row.map(|row| row.text(0).map(str::to_owned)).transpose()?;
+    let found = Positions::read(conn, center).await?.stored(partition);
+    if found == from {
+        // The row is behind what the marks of this center's shards say, which is as true.
+        set_outbox(conn, center, partition, to).await?;
+        return Ok(());
+    }
     Err(Error::PositionMoved {
         place: Place::Outbox(partition),
         expected: from.to_string(),
-        found: found.unwrap_or_else(|| OutboxId::ZERO.to_string()),
+        found: found.to_string(),
     })
 }
 
-/// Two statements, however many shards: a batch of a large drain has a step of every one.
-async fn move_kafka(conn: &mut Session, steps: &[Step<'_>]) -> Result<(), Error> {
-    let shards: Vec<Value<'_>> = steps.iter().map(|step| step.shard.number().into()).collect();
-    let (marks, lock) = (vec!["?"; steps.len()].join(", "), conn.dialect().for_update());
+/// Sets a center's position, whatever it was.
+pub(super) async fn set_outbox(
+    conn: &mut Session,
+    center: &CenterId,
+    partition: u8,
+    to: OutboxId,
+) -> Result<(), Error> {
+    let or_set = conn.dialect().or_set("center, `partition`", "position");
     let sql =
-        format!("SELECT shard, next_offset FROM kafka_offsets WHERE shard IN ({marks}) ORDER BY shard{lock}");
+        format!("INSERT INTO outbox_positions (center, `partition`, position) VALUES (?, ?, ?) {or_set}");
+    conn.execute(sql, values![center.as_str(), partition, to.to_string()]).await?;
+    Ok(())
+}
+
+/// Two statements, however many shards: a batch of a large drain has a step of every one.
+async fn move_kafka(conn: &mut Session, center: &CenterId, steps: &[Step<'_>]) -> Result<(), Error> {
+    let mut shards = values![center.as_str()].to_vec();
+    shards.extend(steps.iter().map(|step| Value::from(step.shard.number())));
+    let (marks, lock) = (vec!["?"; steps.len()].join(", "), conn.dialect().for_update());
+    let sql = format!(
+        "SELECT shard, next_offset FROM kafka_next WHERE center = ? AND shard IN ({marks}) ORDER BY shard{lock}"
+    );
     let mut found = BTreeMap::new();
     for row in conn.rows(sql, &shards).await? {
         found.insert(shard_of(row.small(0)?)?, row.int(1)?);
     }
-    let mut moved = Vec::with_capacity(steps.len() * 2);
+    let mut moved = Vec::with_capacity(steps.len() * 3);
     for step in steps {
-        match found.get(&step.shard) {
-            Some(next) if *next == step.from => {
-                moved.extend_from_slice(values![step.shard.number(), step.to]);
-            }
-            other => {
-                return Err(Error::PositionMoved {
-                    place: Place::Kafka(step.shard),
-                    expected: step.from.to_string(),
-                    found: other.map_or_else(|| "none".to_owned(), i64::to_string),
-                });
-            }
+        let next = found.get(&step.shard).copied().unwrap_or(0);
+        if next != step.from {
+            return Err(Error::PositionMoved {
+                place: Place::Kafka(step.shard),
+                expected: step.from.to_string(),
+                found: next.to_string(),
+            });
         }
+        moved.extend_from_slice(values![center.as_str(), step.shard.number(), step.to]);
     }
-    let or_set = conn.dialect().or_set("shard", "next_offset");
-    let rows = vec!["(?, ?)"; steps.len()].join(", ");
-    conn.execute(format!("INSERT INTO kafka_offsets (shard, next_offset) VALUES {rows} {or_set}"), &moved)
-        .await?;
+    let or_set = conn.dialect().or_set("center, shard", "next_offset");
+    let rows = vec!["(?, ?, ?)"; steps.len()].join(", ");
+    conn.execute(
+        format!("INSERT INTO kafka_next (center, shard, next_offset) VALUES {rows} {or_set}"),
+        &moved,
+    )
+    .await?;
     Ok(())
 }
 

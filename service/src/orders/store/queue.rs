@@ -28,7 +28,10 @@ impl Write for ReleasesDone {
         for (orders, change) in
             [(&self.done, "DELETE FROM releases"), (&self.unknown, "UPDATE releases SET state = 'unknown'")]
         {
-            for chunk in orders.chunks(CHUNK) {
+            // What was handed over meanwhile is its new owner's, who asks the ledger again.
+            let own: Vec<OrderId> =
+                orders.iter().copied().filter(|id| tx.owned.contains(id.table().shard())).collect();
+            for chunk in own.chunks(CHUNK) {
                 let ids: Vec<Value<'_>> = chunk.iter().map(|id| Value::from(id.to_string())).collect();
                 let marks = vec!["?"; chunk.len()].join(", ");
                 tx.conn.execute(format!("{change} WHERE order_id IN ({marks})"), &ids).await?;
@@ -130,20 +133,25 @@ impl Write for Mark {
             }
         };
         if position > OutboxId::ZERO {
-            let or_set = tx.conn.dialect().or_set("`partition`, at", "position");
+            let or_set = tx.conn.dialect().or_set("center, `partition`, at", "position");
             tx.conn
                 .execute(
-                    format!("INSERT INTO outbox_marks (`partition`, at, position) VALUES (?, ?, ?) {or_set}"),
-                    values![self.partition, tx.now.0, position.to_string()],
+                    format!(
+                        "INSERT INTO outbox_trim (center, `partition`, at, position) VALUES (?, ?, ?, ?) {or_set}"
+                    ),
+                    values![self.center.as_str(), self.partition, tx.now.0, position.to_string()],
                 )
                 .await?;
         }
-        let newest = tx.conn.row("SELECT at, position FROM outbox_marks WHERE `partition` = ? AND at <= ? ORDER BY at DESC LIMIT 1", values![self.partition, self.before.0])
+        let newest = tx.conn.row("SELECT at, position FROM outbox_trim WHERE center = ? AND `partition` = ? AND at <= ? ORDER BY at DESC LIMIT 1", values![self.center.as_str(), self.partition, self.before.0])
         .await?;
         let Some(newest) = newest else { return Ok(None) };
         let (at, position) = (newest.int(0)?, newest.text(1)?.parse()?);
         tx.conn
-            .execute("DELETE FROM outbox_marks WHERE `partition` = ? AND at < ?", values![self.partition, at])
+            .execute(
+                "DELETE FROM outbox_trim WHERE center = ? AND `partition` = ? AND at < ?",
+                values![self.center.as_str(), self.partition, at],
+            )
             .await?;
         Ok(Some(position))
     }

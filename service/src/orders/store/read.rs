@@ -13,8 +13,9 @@ use super::super::model::{
     AdminOrder, Coupon, Cursor, Order, OrderFilter, Page, PaymentId, Refund, Release, StatusCounts,
 };
 use super::Counts;
-use super::positions::Positions;
+use super::positions::{Positions, shards_of};
 use super::session::{Row, Session, Value, values};
+use super::writer::OwnedShards;
 
 /// Rows of one page at most, whatever was asked for.
 const MAX_PAGE: u32 = 1000;
@@ -175,13 +176,15 @@ fn filter_values(filter: &OrderFilter) -> impl Iterator<Item = Value<'_>> {
 
 pub(super) async fn refunds(
     conn: &mut Session,
+    center: &CenterId,
     limit: u32,
     cursor: Option<Cursor>,
 ) -> Result<Page<Refund>, Error> {
     let before = cursor.map_or(i64::MAX, |cursor| cursor.at);
+    let own = own_orders(conn, center).await?;
     let rows = conn
         .rows(
-            format!("SELECT {REFUND} FROM refunds WHERE id < ? ORDER BY id DESC LIMIT ?"),
+            format!("SELECT {REFUND} FROM refunds WHERE id < ?{own} ORDER BY id DESC LIMIT ?"),
             values![before, one_more(limit)],
         )
         .await?;
@@ -190,13 +193,19 @@ pub(super) async fn refunds(
     Ok(Page { items, next: next_by_id(&rows, limit)? })
 }
 
+/// The condition for rows of orders that are at home here.
+async fn own_orders(conn: &mut Session, center: &CenterId) -> Result<String, Error> {
+    Ok(OwnedShards::of(shards_of(conn, center).await?).condition("order_id"))
+}
+
 pub(super) async fn unreadable(
     conn: &mut Session,
+    center: &CenterId,
     limit: u32,
     cursor: Option<Cursor>,
 ) -> Result<Page<Unreadable>, Error> {
     let before = cursor.map_or(i64::MAX, |cursor| cursor.at);
-    let rows = conn.rows("SELECT id, queue, `partition`, outbox_id, reason, raw FROM unreadable WHERE id < ? ORDER BY id DESC LIMIT ?", values![before, one_more(limit)])
+    let rows = conn.rows("SELECT id, queue, `partition`, outbox_id, reason, raw FROM unreadable WHERE center = ? AND id < ? ORDER BY id DESC LIMIT ?", values![center.as_str(), before, one_more(limit)])
     .await?;
     let limit = bounded(limit) as usize;
     let read = |row: &Row| -> Result<Unreadable, Error> {
@@ -226,6 +235,7 @@ fn next_by_id(rows: &[Row], limit: usize) -> Result<Option<Cursor>, Error> {
 
 pub(super) async fn pending_releases(
     conn: &mut Session,
+    center: &CenterId,
     limit: u32,
     except: &[SaleId],
 ) -> Result<Vec<Release>, Error> {
@@ -233,8 +243,9 @@ pub(super) async fn pending_releases(
         [] => String::new(),
         _ => format!(" AND sale_id NOT IN ({})", vec!["?"; except.len()].join(", ")),
     };
+    let own = own_orders(conn, center).await?;
     let sql = format!(
-        "SELECT order_id, uid, sale_id FROM releases WHERE state = 'pending'{others} ORDER BY id LIMIT ?"
+        "SELECT order_id, uid, sale_id FROM releases WHERE state = 'pending'{others}{own} ORDER BY id LIMIT ?"
     );
     let mut values: Vec<Value<'_>> = except.iter().map(|sale_id| Value::from(sale_id.as_str())).collect();
     values.push(limit.into());
@@ -250,19 +261,25 @@ pub(super) async fn pending_releases(
         .collect()
 }
 
-pub(super) async fn pending_release_count(conn: &mut Session) -> Result<i64, Error> {
-    conn.number("SELECT COUNT(*) FROM releases WHERE state = 'pending'", values![]).await
+pub(super) async fn pending_release_count(conn: &mut Session, center: &CenterId) -> Result<i64, Error> {
+    let own = own_orders(conn, center).await?;
+    conn.number(format!("SELECT COUNT(*) FROM releases WHERE state = 'pending'{own}"), values![]).await
 }
 
 /// The earliest moment, after `after`, at which an order comes due.
-pub(super) async fn next_due(conn: &mut Session, after: Option<Millis>) -> Result<Option<Millis>, Error> {
+pub(super) async fn next_due(
+    conn: &mut Session,
+    center: &CenterId,
+    after: Option<Millis>,
+) -> Result<Option<Millis>, Error> {
+    let own = own_orders(conn, center).await?;
     let row = conn
         .row(
-            "SELECT MIN(expires_at) FROM expiries WHERE expires_at > ?",
+            format!("SELECT expires_at FROM expiries WHERE expires_at > ?{own} ORDER BY expires_at LIMIT 1"),
             values![after.map_or(i64::MIN, |after| after.0)],
         )
         .await?;
-    Ok(row.map(|row| row.opt_int(0)).transpose()?.flatten().map(Millis))
+    Ok(row.map(|row| row.int(0)).transpose()?.map(Millis))
 }
 
 /// Everything from one moment: one read transaction.
@@ -283,9 +300,13 @@ async fn counts_now(
     sale_id: Option<&SaleId>,
 ) -> Result<Counts, Error> {
     let mut counts = Counts { positions: Positions::read(conn, center).await?.all(), ..Counts::default() };
-    counts.unreadable = count(conn.number("SELECT COUNT(*) FROM unreadable", values![]).await?);
+    counts.unreadable = count(
+        conn.number("SELECT COUNT(*) FROM unreadable WHERE center = ?", values![center.as_str()]).await?,
+    );
     let filter = if sale_id.is_some() { "WHERE sale_id = ?" } else { "" };
-    for shard in Shard::all() {
+    // Copies of other centers' orders are theirs to count.
+    let owned = OwnedShards::of(shards_of(conn, center).await?);
+    for shard in owned.iter() {
         let sql: Vec<String> = shard
             .tables()
             .map(|table| {
@@ -303,8 +324,10 @@ async fn counts_now(
             total.units += found.units;
         }
     }
+    let (filter, own) =
+        (if sale_id.is_some() { "sale_id = ?" } else { "1 = 1" }, owned.condition("order_id"));
     let sql = format!(
-        "SELECT sale_id, state, COUNT(*), CAST(SUM(quantity) AS SIGNED) FROM releases {filter}
+        "SELECT sale_id, state, COUNT(*), CAST(SUM(quantity) AS SIGNED) FROM releases WHERE {filter}{own}
          GROUP BY sale_id, state"
     );
     for row in counted(conn, &[sql], sale_id).await? {

@@ -17,7 +17,7 @@ use super::super::error::Error;
 use super::session::{Session, values};
 
 /// Version of the tables that this release reads and writes.
-const SCHEMA: i64 = 2;
+const SCHEMA: i64 = 3;
 /// Half of SQLite's default: a batch touches a page in each of some hundred tables, and writes whole pages.
 const PAGE_BYTES: u32 = 2048;
 /// How long a connection waits for another one's lock: somebody may have the file open in a shell.
@@ -122,6 +122,9 @@ pub(super) async fn migrate(
     }
     if found < 2 {
         sqlx::raw_sql(AssertSqlSafe(version_2())).execute(&mut *tx).await?;
+    }
+    if found < 3 {
+        sqlx::raw_sql(AssertSqlSafe(version_3(center))).execute(&mut *tx).await?;
     }
     sqlx::raw_sql(AssertSqlSafe(format!("PRAGMA user_version = {SCHEMA}"))).execute(&mut *tx).await?;
     tx.commit().await?;
@@ -248,6 +251,31 @@ fn version_2() -> String {
         sql.push_str(&format!("INSERT INTO kafka_offsets VALUES ({}, 0);\n", shard.number()));
     }
     sql
+}
+
+/// What several centers write side by side names its center, as on servers that replicate each other, where two rows
+/// with one key would be a conflict. A center's id is letters, digits and hyphens.
+fn version_3(center: &CenterId) -> String {
+    format!(
+        "CREATE TABLE outbox_positions (
+           center TEXT NOT NULL, partition INTEGER NOT NULL, position TEXT NOT NULL,
+           PRIMARY KEY (center, partition)) WITHOUT ROWID;
+         CREATE TABLE outbox_trim (
+           center TEXT NOT NULL, partition INTEGER NOT NULL, at INTEGER NOT NULL, position TEXT NOT NULL,
+           PRIMARY KEY (center, partition, at)) WITHOUT ROWID;
+         CREATE TABLE kafka_next (
+           center TEXT NOT NULL, shard INTEGER NOT NULL, next_offset INTEGER NOT NULL,
+           PRIMARY KEY (center, shard)) WITHOUT ROWID;
+         INSERT INTO outbox_positions SELECT '{center}', partition, position FROM outbox_position;
+         INSERT INTO outbox_trim SELECT '{center}', partition, at, position FROM outbox_marks;
+         INSERT INTO kafka_next SELECT '{center}', shard, next_offset FROM kafka_offsets;
+         DROP TABLE outbox_position;
+         DROP TABLE outbox_marks;
+         DROP TABLE kafka_offsets;
+         ALTER TABLE payments ADD COLUMN center TEXT NOT NULL DEFAULT '{center}';
+         ALTER TABLE refunds ADD COLUMN center TEXT NOT NULL DEFAULT '{center}';
+         ALTER TABLE unreadable ADD COLUMN center TEXT NOT NULL DEFAULT '{center}';\n"
+    )
 }
 
 /// The writer's scratch tables, in memory: a batch is put there first and copied from there, table by table.

@@ -2,6 +2,7 @@
 //! commit was lost.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use rand::RngExt as _;
@@ -40,6 +41,9 @@ pub(super) struct Transactions {
     writer: String,
     /// The number of the last transaction that was begun.
     seq: i64,
+    /// The shards that the topology gives to this center, as far as this instance has heard: a database that was away
+    /// while they were taken may still say something else.
+    given: Arc<AtomicU64>,
 }
 
 /// How a transaction failed.
@@ -57,8 +61,14 @@ impl Transactions {
         center: CenterId,
         clock: Arc<dyn Clock>,
     ) -> Transactions {
-        let writer = format!("{:032x}", rand::rng().random::<u128>());
-        Transactions { database, session, center, clock, writer, seq: 0 }
+        // Databases that replicate each other hold each other's rows: each center removes its own.
+        let writer = format!("{center}.{:015x}", rand::rng().random::<u64>() >> 4);
+        let given = Arc::new(AtomicU64::new(u64::MAX));
+        Transactions { database, session, center, clock, writer, seq: 0, given }
+    }
+
+    pub(super) fn within(self, given: Arc<AtomicU64>) -> Transactions {
+        Transactions { given, ..self }
     }
 
     pub(super) async fn close(&mut self) {
@@ -182,9 +192,10 @@ impl Transactions {
     }
 
     async fn run_jobs(&self, session: &mut Session, jobs: &mut [Box<dyn Job>]) -> Result<(), Error> {
-        let owned = owned_shards(session, &self.center).await?;
+        let owned = owned_shards(session, &self.center).await?.within(self.given.load(Ordering::Acquire));
         for job in jobs {
-            job.run(&mut Tx { conn: &mut *session, now: self.clock.now(), owned }).await?;
+            let now = self.clock.now();
+            job.run(&mut Tx { conn: &mut *session, now, owned, center: &self.center }).await?;
         }
         Ok(())
     }

@@ -7,6 +7,7 @@
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 use seckill_domain::{CenterId, Clock, Millis, Shard};
 use tokio::sync::{mpsc, oneshot};
@@ -58,6 +59,8 @@ pub(super) struct Tx<'c> {
     pub(super) now: Millis,
     /// The shards that this center owns, as read in this transaction (O1).
     pub(super) owned: OwnedShards,
+    /// This center.
+    pub(super) center: &'c CenterId,
 }
 
 /// A set of shards.
@@ -69,8 +72,35 @@ impl OwnedShards {
         OwnedShards(shards.into_iter().fold(0, |set, shard| set | 1 << shard.number()))
     }
 
+    /// As a set of bits.
+    pub(super) fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// Those that are in a set of bits, too.
+    pub(super) fn within(self, bits: u64) -> OwnedShards {
+        OwnedShards(self.0 & bits)
+    }
+
     pub(super) fn contains(self, shard: Shard) -> bool {
         self.0 & (1 << shard.number()) != 0
+    }
+
+    pub(super) fn iter(self) -> impl Iterator<Item = Shard> {
+        Shard::all().filter(move |shard| self.contains(*shard))
+    }
+
+    /// More of a condition: only rows whose order, named by this column, belongs to one of these shards. An order id
+    /// names its table in its second to fourth digit. Databases that replicate each other hold each other's rows.
+    pub(super) fn condition(self, column: &str) -> String {
+        if self.0 == u64::MAX {
+            return String::new();
+        }
+        let shards: Vec<String> = self.iter().map(|shard| shard.number().to_string()).collect();
+        if shards.is_empty() {
+            return " AND 1 = 0".to_owned();
+        }
+        format!(" AND (SUBSTR({column}, 2, 3) + 0) % 64 IN ({})", shards.join(", "))
     }
 
     pub(super) fn check(self, shard: Shard) -> Result<(), Error> {
@@ -100,13 +130,15 @@ impl Writer {
         center: &CenterId,
         clock: &Arc<dyn Clock>,
         hub: &Arc<Hub>,
+        given: &Arc<AtomicU64>,
     ) -> (Writer, Vec<JoinHandle<()>>) {
         let mut first = Some(first);
         let mut tasks = Vec::new();
         let mut start = || {
             let (sender, jobs) = mpsc::channel(QUEUE);
             let transactions =
-                Transactions::new(Arc::clone(database), first.take(), center.clone(), Arc::clone(clock));
+                Transactions::new(Arc::clone(database), first.take(), center.clone(), Arc::clone(clock))
+                    .within(Arc::clone(given));
             let task = Task { transactions, hub: Arc::clone(hub), jobs };
             tasks.push(tokio::spawn(task.run()));
             sender

@@ -4,6 +4,7 @@ mod both_queues;
 mod kafka;
 mod lifecycle;
 mod mysql;
+mod pair;
 mod place;
 mod queues;
 mod replicated;

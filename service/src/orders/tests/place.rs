@@ -176,16 +176,14 @@ async fn empty(url: &str) {
     let pool = MySqlPool::connect(url).await.unwrap();
     let tables: Vec<String> = sqlx::query_scalar(
         "SELECT CAST(table_name AS CHAR) FROM information_schema.tables WHERE table_schema = DATABASE()
-         AND table_name NOT IN ('schema_version', 'shard_owner', 'kafka_offsets')",
+         AND table_name NOT IN ('schema_version', 'shard_owner')",
     )
     .fetch_all(&pool)
     .await
     .unwrap();
     let mut sql: String = tables.iter().map(|table| format!("DELETE FROM {table};")).collect();
     if !tables.is_empty() {
-        sql.push_str(
-            "UPDATE shard_owner SET owner = 'a', epoch = 0; UPDATE kafka_offsets SET next_offset = 0;",
-        );
+        sql.push_str("UPDATE shard_owner SET owner = 'a', epoch = 0;");
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.unwrap();
     }
     pool.close().await;

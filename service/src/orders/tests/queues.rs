@@ -70,7 +70,7 @@ async fn marks_say_where_the_position_was(kind: Kind) {
     fixture.reopen().await;
     assert_eq!(fixture.store.mark_position(0, START.plus_ms(999), None, true).await.unwrap(), Some(at(1)));
     assert_eq!(fixture.store.mark_position(0, START.plus_ms(1000), None, true).await.unwrap(), Some(at(2)));
-    assert_eq!(fixture.number("SELECT COUNT(*) FROM outbox_marks").await, 1);
+    assert_eq!(fixture.number("SELECT COUNT(*) FROM outbox_trim").await, 1);
 }
 
 async fn subscribers_hear_of_every_change(kind: Kind) {
