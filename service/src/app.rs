@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use seckill_domain::CenterId;
+use seckill_domain::{CenterId, Shard};
 use tokio::net::TcpListener;
 use tokio::sync::{oneshot, watch};
 use tokio_util::sync::CancellationToken;
@@ -28,10 +28,12 @@ use crate::http::{
 };
 use crate::inventory::{Inventory, Parts};
 use crate::orders::{
-    self, KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Queue, StoreOptions,
-    WorkerOptions, Workers,
+    self, KafkaMetrics, KafkaOptions, KafkaQueue, OrderCenters, OrderStore, Owners, Queue, StoreOptions,
+    WorkerOptions, Workers, follow_owners, spawn_keeper,
 };
-use crate::shift::{Guardian, GuardianOptions, InitPolicy, ServerProcess, ShiftCounts, ShiftOptions, Shifts};
+use crate::shift::{
+    Guardian, GuardianOptions, InitPolicy, ServerProcess, ShardParts, ShiftCounts, ShiftOptions, Shifts,
+};
 use crate::telemetry::Metrics;
 use crate::topology::{
     Authority, Cause, Center, Instance, Instances, Limits, StoreError, Topology, TopologyHandle, UpdateError,
@@ -204,17 +206,13 @@ async fn work(
     );
     let instance_id = me.id.as_str().to_owned();
 
-    let store_options = || StoreOptions {
-        shards: topology.current().shards_of(&config.center.id).collect(),
-        max_connections: config.orders.max_connections,
-        ..StoreOptions::new(config.center.id.clone())
-    };
     let read =
         wait_for("the order database", &readiness, shutdown, orders::Error::is_transient, async || {
-            OrderStore::open(&database_url, store_options()).await
+            open_orders(config, &database_url, &topology.current()).await
         });
     let Some(orders) = read.await.context("the order database cannot be opened")? else { return Ok(()) };
     *opened = Some(orders.clone());
+    spawn_keeper(&orders, &topology.subscribe(), tracker, stop);
     metrics.register(|registry| orders.metrics().register(registry));
     let instances = Instances::start(stores.instances, Some(me), tracker, stop.clone());
 
@@ -255,6 +253,7 @@ async fn work(
     let sessions = Sessions::new(keys.clone(), instance_id);
     let (signs, caller) = (keys.own().is_some(), tls.caller);
     let cross = signs.then(|| CrossCenter::with_tls(caller, keys, topology.clone(), instances.clone()));
+    let shifts = shifts.with_shards(ShardParts::new(orders.clone(), cross.clone()));
     let relay = Relay::new(cross.clone());
     let parts = Parts {
         ledger: &config.ledger,
@@ -342,6 +341,37 @@ async fn work(
     readiness.set(Stage::Draining);
     instances.leave();
     Ok(())
+}
+
+/// Opens the order database. Where its server replicates with the other centers', the master center makes the tables.
+async fn open_orders(
+    config: &Config,
+    database_url: &str,
+    topology: &Topology,
+) -> Result<OrderStore, orders::Error> {
+    let own = &config.center.id;
+    let others = Shard::all().map(|shard| (shard, topology.home_center(shard).clone()));
+    let options = StoreOptions {
+        shards: topology.shards_of(own).collect(),
+        others: others.filter(|(_, owner)| owner != own).collect(),
+        makes_tables: topology.master == *own,
+        max_connections: config.orders.max_connections,
+        ..StoreOptions::new(own.clone())
+    };
+    let orders = OrderStore::open(database_url, options).await?;
+    if let Some(server) = orders.server().await?
+        && !server.copies.is_empty()
+        && server.increments.0 < 2
+    {
+        tracing::warn!(
+            auto_increment_increment = server.increments.0,
+            "the order database copies another center's, and both give out the same row numbers: replication will \
+             stop; docs/orders.md has the server's settings"
+        );
+    }
+    // Before anybody writes an order: the database may say what was true when this center was last there (O1).
+    follow_owners(&orders, &Owners::of(topology)).await?;
+    Ok(orders)
 }
 
 /// Makes the topology know the configured centers, and their addresses as they are configured now.

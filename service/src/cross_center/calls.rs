@@ -3,10 +3,12 @@
 //! A release understands the answers of the next one as far as it has words for them: what it cannot read, it
 //! takes for an unknown outcome.
 
-use seckill_domain::{CenterNumber, KeyDigest, Millis, OrderId, OutboxId, Quantity, SaleId, Uid};
+use seckill_domain::{
+    CenterId, CenterNumber, KeyDigest, Millis, OrderId, OutboxId, Quantity, SaleId, Shard, Uid,
+};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::orders::AuditOrder;
+use crate::orders::{AuditOrder, Fenced, ServerStanding, ShardRow};
 
 /// Opens a session; signed with a long-term key.
 pub const SESSIONS: &str = "/internal/v1/sessions";
@@ -28,6 +30,8 @@ pub const AUDIT_UNREADABLE: &str = "/internal/v1/audit/unreadable";
 
 /// How the center's Kafka queue stands, for the audit: no body, [`AuditQueueAnswer`].
 pub const AUDIT_QUEUE: &str = "/internal/v1/audit/queue";
+/// What the center's order database says of shards, or that it lets go of them: [`ShardsCall`], [`ShardsAnswer`].
+pub const SHARDS: &str = "/internal/v1/shards";
 
 /// Rows in a page of order tables at most: some 700 KB with the longest ids.
 pub const MAX_AUDIT_ROWS: u32 = 4096;
@@ -38,6 +42,52 @@ pub const MAX_AUDIT_ORDERS: usize = 500;
 pub const MAX_ENTRIES: usize = seckill_ledger::MAX_BATCH;
 /// The largest body of a call: [`MAX_ENTRIES`] entries of the longest user ids and trace contexts, and room.
 pub const MAX_BODY_BYTES: usize = 512 * 1024;
+
+/// A question about shards that are to move away from the center that is asked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardsCall {
+    /// The shards.
+    pub shards: Vec<Shard>,
+    /// The center that takes them.
+    pub to: CenterId,
+    /// Whether to let go of them; otherwise nothing changes.
+    #[serde(default)]
+    pub fence: Option<FenceCall>,
+}
+
+/// To let go of shards (O1).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FenceCall {
+    /// The number of the attempt, which the topology shows as running.
+    pub attempt: i64,
+    /// What the other center's database had written, which is to be waited for first.
+    pub after: String,
+}
+
+/// The answer to a [`ShardsCall`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ShardsAnswer {
+    /// Nothing was changed.
+    Standing(Box<ShardsStanding>),
+    /// Nobody writes their orders in this database any more.
+    Fenced(Fenced),
+    /// Nothing was changed, for this reason.
+    Refused(String),
+}
+
+/// How a center's order database stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ShardsStanding {
+    /// Its server; nothing for SQLite.
+    pub server: Option<ServerStanding>,
+    /// Who owns what.
+    pub rows: Vec<ShardRow>,
+    /// Up to where it has stored each partition's outbox.
+    pub stored: Vec<(u8, OutboxId)>,
+    /// What it has written by now, to be waited for.
+    pub written: String,
+}
 
 /// Purchases of one sale, decided as if the callers stood in front of the master's own listener.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

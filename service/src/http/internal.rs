@@ -21,12 +21,13 @@ use super::relay::{RELAY, RelayAnswer, RelayCall, Vouched};
 use crate::cross_center::calls::{
     AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersCall, AuditRowsCall,
     MAX_AUDIT_ORDERS, MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall,
-    ReserveCall, SALE, SESSIONS, SaleCall,
+    ReserveCall, SALE, SESSIONS, SHARDS, SaleCall, ShardsAnswer, ShardsCall,
 };
 use crate::cross_center::session::{Now, Sessions};
 use crate::cross_center::{Refusal, session::Caller};
 use crate::inventory::Inventory;
 use crate::orders::{KafkaQueue, OrderStore, centers};
+use crate::shift::answer_for_shards;
 use crate::telemetry::Metrics;
 use crate::topology::TopologyHandle;
 
@@ -79,6 +80,7 @@ pub fn internal_router(state: InternalState) -> Router {
         .post(AUDIT_UNREADABLE, audit_unreadable)
         .post(AUDIT_QUEUE, audit_queue)
         .post(RELAY, relay)
+        .post(SHARDS, shards)
         .build(Arc::new(state))
         .0
 }
@@ -231,6 +233,18 @@ async fn audit_queue(state: Arc<InternalState>, mut call: Call) -> Result<Respon
         Ok(_) => private_json(&state.queue.as_ref().map(KafkaQueue::standing).unwrap_or_default()),
         Err(rejected) => rejected.answer(AUDIT_QUEUE),
     }
+}
+
+async fn shards(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    let call: ShardsCall = match look_up(&state, &mut call).await {
+        Ok(call) => call,
+        Err(rejected) => return rejected.answer(SHARDS),
+    };
+    // Letting go is finished though the caller hangs up: it asks again.
+    let (orders, topology) = (state.orders.clone(), state.topology.clone());
+    let answer = state.tasks.spawn(async move { answer_for_shards(&orders, &topology, call).await });
+    let answer: ShardsAnswer = answer.await.map_err(Problem::internal)??;
+    private_json(&answer)
 }
 
 async fn relay(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {

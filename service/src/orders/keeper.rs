@@ -25,6 +25,9 @@ pub fn spawn_keeper(
     token: &CancellationToken,
 ) {
     let (store, topology) = (store.clone(), topology.clone());
+    let (limited, limits) = (store.clone(), topology.clone());
+    // By itself: the other one waits for the database.
+    supervise("shard limits", tracker, token, move |token| limit(limited.clone(), limits.clone(), token));
     supervise("shard owners", tracker, token, move |token| keep(store.clone(), topology.clone(), token));
 }
 
@@ -38,6 +41,16 @@ pub async fn follow_owners(store: &OrderStore, owners: &Owners) -> Result<Turned
         }
     }
     Ok(turned)
+}
+
+async fn limit(store: OrderStore, mut topology: watch::Receiver<Arc<Topology>>, token: CancellationToken) {
+    loop {
+        store.limit_to(&Owners::of(&topology.borrow_and_update()));
+        tokio::select! {
+            () = token.cancelled() => return,
+            changed = topology.changed() => if changed.is_err() { return },
+        }
+    }
 }
 
 async fn keep(store: OrderStore, mut topology: watch::Receiver<Arc<Topology>>, token: CancellationToken) {

@@ -108,6 +108,10 @@ impl Coordinator {
         self.since = since;
         self.shared.show(&self.shift);
         tracing::warn!(id = self.shift.id, phase = ?self.shift.phase, "a shift whose coordinator died is taken over");
+        if self.shift.kind == ShiftKind::Shards {
+            let outcome = self.recover_shards().await;
+            return self.end(outcome).await;
+        }
         let recorded = self.shared.topology.current();
         let running = recorded.shift.as_ref().is_some_and(|shift| shift.id == self.shift.id);
         let outcome = match (running, self.shift.phase) {
@@ -121,7 +125,7 @@ impl Coordinator {
         self.end(outcome).await;
     }
 
-    async fn end(mut self, outcome: Result<(), Stop>) {
+    pub(super) async fn end(mut self, outcome: Result<(), Stop>) {
         let mut outcome = outcome;
         loop {
             match outcome {
@@ -131,8 +135,13 @@ impl Coordinator {
                     // The answer to `decided` was lost, and it was decided.
                     Ok(Aborted::Decided(_)) => {
                         self.shift.phase = ShiftPhase::Decided;
-                        self.hold_source().await;
-                        outcome = self.forward().await;
+                        outcome = match self.shift.kind {
+                            ShiftKind::Master => {
+                                self.hold_source().await;
+                                self.forward().await
+                            }
+                            ShiftKind::Shards => self.move_on().await,
+                        };
                     }
                     Err(stop) => outcome = Err(stop),
                 },
@@ -196,7 +205,7 @@ impl Coordinator {
         let aborted = aborted?;
         if let Aborted::Yes(shift) = &aborted {
             self.shared.show(shift);
-            tracing::warn!(id = shift.id, reason, "the shift was given up; the master stays where it was");
+            tracing::warn!(id = shift.id, reason, "the shift was given up; everything stays where it was");
         }
         Ok(aborted)
     }
@@ -321,7 +330,7 @@ impl Coordinator {
 pub(super) fn decided(shift: &Shift) -> ShiftError {
     ShiftError::refused(
         format!("the shift {} is decided: from here there is only forward", shift.id),
-        format!("wait until it is over, then shift back with `seckill master shift --to {}`", shift.from),
+        format!("wait until it is over, then shift back to center {}", shift.from),
     )
     .of(Refusal::Decided)
 }

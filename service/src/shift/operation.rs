@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
@@ -20,6 +20,7 @@ use super::ledger::LedgerError;
 use super::peers::Access;
 use super::precheck::{Survey, survey};
 use super::record::{Begun, Plan, begin, by_key, refuse_wrong_use};
+use super::shards::{self, ShardParts};
 use super::takeover;
 use crate::topology::{
     Authority, Check, CheckVerdict, Instances, Shift, ShiftKind, ShiftMode, ShiftPhase, ShiftState,
@@ -171,6 +172,8 @@ pub(super) struct Shared {
     pub(super) token: CancellationToken,
     /// The last shift that this service ran or runs, with the steps as they are now.
     live: Mutex<Option<Shift>>,
+    /// What shards are moved with.
+    pub(super) shards: OnceLock<ShardParts>,
     /// What a test does when the coordinator comes to a place; whether the coordinator dies there.
     #[cfg(test)]
     pub(super) at: Mutex<Option<(&'static str, Hook)>>,
@@ -192,7 +195,7 @@ impl Shared {
     }
 
     /// The record, with the steps of this moment if it runs here.
-    fn merged(&self, recorded: &Shift) -> Shift {
+    pub(super) fn merged(&self, recorded: &Shift) -> Shift {
         match &*self.live() {
             Some(live)
                 if live.id == recorded.id
@@ -226,11 +229,20 @@ impl Shifts {
             tracker: tracker.clone(),
             token,
             live: Mutex::new(None),
+            shards: OnceLock::new(),
             #[cfg(test)]
             at: Mutex::new(None),
         });
         tracker.spawn(takeover::watch(Arc::clone(&shared)));
         Ok(Shifts { shared })
+    }
+
+    /// Makes shifts of shards possible, too.
+    #[must_use]
+    pub fn with_shards(self, parts: ShardParts) -> Shifts {
+        // A second time changes nothing.
+        let _ = self.shared.shards.set(parts);
+        self
     }
 
     /// Starts a shift and returns as soon as it is recorded; it goes on whatever becomes of the caller. A dry run
@@ -269,21 +281,12 @@ impl Shifts {
         self.shared.topology.confirm().await?;
         let topology = self.shared.topology.current();
         let recorded = topology.find_shift(id).ok_or_else(|| ShiftError::NotFound { id: id.to_owned() })?;
-        match (recorded.kind, &topology.shift) {
-            (ShiftKind::Master, Some(running)) if running.id == id => {}
-            (ShiftKind::Master, _) => {
-                return Err(ShiftError::refused(
-                    format!("the shift {id} is over"),
-                    format!("look at `seckill shift status {id}`; to move the master back, shift it again"),
-                )
-                .of(Refusal::Decided));
-            }
-            (ShiftKind::Shards, _) => {
-                return Err(ShiftError::refused(
-                    format!("{id} is a shift of shards"),
-                    "wait until it is over",
-                ));
-            }
+        if !matches!(&topology.shift, Some(running) if running.id == id) {
+            return Err(ShiftError::refused(
+                format!("the shift {id} is over"),
+                format!("look at `seckill shift status {id}`; to move back, shift again"),
+            )
+            .of(Refusal::Decided));
         }
         if recorded.phase == ShiftPhase::Decided {
             return Err(decided(recorded));
@@ -301,6 +304,13 @@ async fn run(
     actor: String,
     answer: oneshot::Sender<Result<Shift, ShiftError>>,
 ) {
+    if key.is_empty() || key.len() > 64 {
+        let refused = ShiftError::refused("the key has to have 1 to 64 characters", "choose another key");
+        return drop(answer.send(Err(refused)));
+    }
+    if request.kind == ShiftKind::Shards {
+        return shards::run(shared, request, key, actor, answer).await;
+    }
     let (plan, survey) = match prepare(&shared, request, key, actor).await {
         Ok(Prepared::Plan(prepared)) => *prepared,
         Ok(Prepared::Answer(shift)) => return drop(answer.send(Ok(*shift))),
@@ -353,15 +363,6 @@ async fn prepare(
     key: String,
     actor: String,
 ) -> Result<Prepared, ShiftError> {
-    if key.is_empty() || key.len() > 64 {
-        return Err(ShiftError::refused("the key has to have 1 to 64 characters", "choose another key"));
-    }
-    if request.kind == ShiftKind::Shards {
-        return Err(ShiftError::refused(
-            "this service shifts the master center only",
-            "use `seckill master shift`",
-        ));
-    }
     let asked = Instant::now();
     if let Err(error) = shared.topology.confirm().await {
         return Err(ShiftError::refused(

@@ -335,7 +335,7 @@ pub(super) fn begin(topology: &mut Topology, plan: &Plan) -> Result<Begun, Shift
 }
 
 /// The running shift, if this coordinator still has it.
-fn ours<'a>(topology: &'a mut Topology, held: &Shift) -> Result<&'a mut Shift, Replaced> {
+pub(super) fn ours<'a>(topology: &'a mut Topology, held: &Shift) -> Result<&'a mut Shift, Replaced> {
     match topology.shift.as_deref_mut() {
         Some(shift) if shift.id == held.id && shift.coordinator == held.coordinator => Ok(shift),
         Some(_) | None => Err(Replaced),
@@ -343,7 +343,7 @@ fn ours<'a>(topology: &'a mut Topology, held: &Shift) -> Result<&'a mut Shift, R
 }
 
 /// The record of this coordinator's shift after it is over.
-fn over<'a>(topology: &'a mut Topology, held: &Shift) -> Option<&'a mut Shift> {
+pub(super) fn over<'a>(topology: &'a mut Topology, held: &Shift) -> Option<&'a mut Shift> {
     topology.history.iter_mut().find(|shift| shift.id == held.id && shift.coordinator == held.coordinator)
 }
 
@@ -399,6 +399,9 @@ pub(super) fn redirect(
 
 /// Everything is as before, at a new epoch (H1).
 pub(super) fn abort(topology: &mut Topology, held: &Shift, reason: &str) -> Result<Aborted, Replaced> {
+    if held.kind == ShiftKind::Shards {
+        return super::shards::abort(topology, held, reason);
+    }
     if topology.shift.is_none()
         && let Some(before) = over(topology, held)
     {

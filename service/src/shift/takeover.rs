@@ -86,9 +86,9 @@ async fn watch_once(shared: &Arc<Shared>) {
     }
 }
 
-/// The shift of the master that somebody has to bring to its end, and how long its coordinator has for it.
+/// The shift that somebody has to bring to its end, and how long its coordinator has for it.
 fn unfinished(topology: &Topology) -> Option<(&Shift, Duration)> {
-    if let Some(running) = topology.master_shift() {
+    if let Some(running) = topology.shift.as_deref() {
         return Some((running, Duration::from_millis(running.freeze_ms)));
     }
     let last = topology.history.iter().rev().find(|shift| shift.kind == ShiftKind::Master)?;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use seckill_domain::{OrderId, SHARDS, SaleId, TABLES, Uid};
-use seckill_ledger::read;
+use seckill_ledger::read::{self, Claim};
 use serde_json::json;
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, MySqlConnection};
 use tokio::task::JoinSet;
@@ -202,33 +202,7 @@ pub(crate) async fn ask_again(client: &Client, sale: &str, bought: &[Bought]) {
 ///
 /// Returns how many orders there are.
 pub(crate) async fn compare_books(centers: &Centers, master: Which, sale: &str, bought: &[Bought]) -> u64 {
-    let sale_id = SaleId::new(sale).unwrap();
-    let mut ledger = centers.ledger(master).await;
-    let (claims, row) = {
-        let row = read::sale(&mut ledger, &sale_id).await.unwrap().expect("the sale is in the ledger");
-        let (mut cursor, mut claims) = (0, HashMap::new());
-        loop {
-            let (next, found) = read::scan_claims(&mut ledger, &sale_id, cursor, 1000).await.unwrap();
-            claims.extend(found.into_iter().map(|claim| (claim.order_id, claim)));
-            cursor = next;
-            if cursor == 0 {
-                break (claims, row);
-            }
-        }
-    };
-    for bought in bought {
-        let claim = claims.get(&bought.order_id.parse::<OrderId>().unwrap());
-        assert!(claim.is_some_and(|claim| claim.uid.as_str() == bought.uid), "{bought:?} is lost");
-    }
-    let held: u64 =
-        claims.values().filter(|claim| !claim.released).map(|claim| u64::from(claim.quantity.get())).sum();
-    assert_eq!((row.claimed, row.remaining + row.claimed), (held, row.total), "{row:?}");
-    let mut users: HashMap<&Uid, u64> = HashMap::new();
-    for claim in claims.values() {
-        *users.entry(&claim.uid).or_default() += 1;
-    }
-    assert!(users.values().all(|orders| *orders == 1), "somebody has two orders");
-
+    let claims = compare_ledger(centers, master, sale, bought).await;
     for which in BOTH {
         let mut expected: Vec<(String, String)> = claims
             .values()
@@ -259,6 +233,43 @@ pub(crate) async fn compare_books(centers: &Centers, master: Which, sale: &str, 
     }
     assert_audits_clean(centers);
     claims.len() as u64
+}
+
+/// Compares what was acknowledged with the ledger of the center `master`: nothing is missing, nobody has more than one
+/// order, and the sums are right. Returns all claims.
+pub(crate) async fn compare_ledger(
+    centers: &Centers,
+    master: Which,
+    sale: &str,
+    bought: &[Bought],
+) -> HashMap<OrderId, Claim> {
+    let sale_id = SaleId::new(sale).unwrap();
+    let mut ledger = centers.ledger(master).await;
+    let (claims, row) = {
+        let row = read::sale(&mut ledger, &sale_id).await.unwrap().expect("the sale is in the ledger");
+        let (mut cursor, mut claims) = (0, HashMap::new());
+        loop {
+            let (next, found) = read::scan_claims(&mut ledger, &sale_id, cursor, 1000).await.unwrap();
+            claims.extend(found.into_iter().map(|claim| (claim.order_id, claim)));
+            cursor = next;
+            if cursor == 0 {
+                break (claims, row);
+            }
+        }
+    };
+    for bought in bought {
+        let claim = claims.get(&bought.order_id.parse::<OrderId>().unwrap());
+        assert!(claim.is_some_and(|claim| claim.uid.as_str() == bought.uid), "{bought:?} is lost");
+    }
+    let held: u64 =
+        claims.values().filter(|claim| !claim.released).map(|claim| u64::from(claim.quantity.get())).sum();
+    assert_eq!((row.claimed, row.remaining + row.claimed), (held, row.total), "{row:?}");
+    let mut users: HashMap<&Uid, u64> = HashMap::new();
+    for claim in claims.values() {
+        *users.entry(&claim.uid).or_default() += 1;
+    }
+    assert!(users.values().all(|orders| *orders == 1), "somebody has two orders");
+    claims
 }
 
 /// `seckill audit`, asked of either center, finds nothing.

@@ -3,6 +3,7 @@
 mod behind;
 mod faults;
 mod load;
+mod shards;
 mod shift;
 mod shift_refused;
 

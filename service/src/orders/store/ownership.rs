@@ -204,6 +204,16 @@ impl OrderStore {
         }
     }
 
+    /// From here on no transaction of this instance writes orders of shards that the topology gives to others, whatever
+    /// its database says: that may have been away while they were taken. Does nothing on SQLite.
+    pub fn limit_to(&self, owners: &Owners) {
+        if self.may_hold_copies() {
+            let homes = Shard::all().zip(&owners.homes).filter(|(_, home)| **home == self.shared.center);
+            let given = OwnedShards::of(homes.map(|(shard, _)| shard));
+            self.shared.given.store(given.bits(), Ordering::Release);
+        }
+    }
+
     /// Brings this center's part of `shard_owner` to what the topology says: takes what was given to it, gives up what
     /// was given to others. A topology that is older than what a row has heard of changes nothing. Does nothing on
     /// SQLite, whose shards never move.
@@ -211,10 +221,7 @@ impl OrderStore {
         if !self.may_hold_copies() {
             return Ok(Turned::default());
         }
-        let homes = Shard::all().zip(&owners.homes).filter(|(_, home)| **home == self.shared.center);
-        let given = OwnedShards::of(homes.map(|(shard, _)| shard));
-        // Before the database is asked, which may not answer.
-        self.shared.given.store(given.bits(), Ordering::Release);
+        self.limit_to(owners);
         let found = self.shard_rows().await?;
         if Changes::due(&self.shared.center, owners, &found).is_empty() {
             return Ok(Turned::default());

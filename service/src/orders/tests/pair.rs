@@ -136,8 +136,8 @@ async fn two_centers_write_side_by_side_and_a_shard_changes_hands() {
     homes(&orders[4]).cancel(&orders[4].uid, orders[4].order_id).await.unwrap();
     homes(&orders[5]).cancel(&orders[5].uid, orders[5].order_id).await.unwrap();
     let later = pair.clock.now();
-    a.mark_position(0, later, None).await.unwrap();
-    b.mark_position(0, later, None).await.unwrap();
+    a.mark_position(0, later, None, true).await.unwrap();
+    b.mark_position(0, later, None, true).await.unwrap();
     pair.clock.advance_ms(1_000_000);
     for store in [&a, &b] {
         store.expire_due(None, pair.clock.now(), 100).await.unwrap();
