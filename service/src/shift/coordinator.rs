@@ -119,7 +119,7 @@ impl Coordinator {
             (true, ShiftPhase::Begun) => Err(Stop::Abort("its coordinator died".to_owned())),
             (true, ShiftPhase::Decided) => {
                 self.hold_source().await;
-                self.forward().await
+                self.forward(None).await
             }
         };
         self.end(outcome).await;
@@ -138,7 +138,7 @@ impl Coordinator {
                         outcome = match self.shift.kind {
                             ShiftKind::Master => {
                                 self.hold_source().await;
-                                self.forward().await
+                                self.forward(None).await
                             }
                             ShiftKind::Shards => self.move_on().await,
                         };

@@ -53,7 +53,7 @@ impl Coordinator {
         self.phase_since = Instant::now();
         self.end_step(step, None);
         self.passes("decided")?;
-        self.forward().await
+        self.forward(None).await
     }
 
     /// Fences the old master and holds up its writes. Returns where its stream of changes ends.
@@ -141,25 +141,11 @@ impl Coordinator {
 
     /// What follows once a shift is decided, whoever decided it: the target becomes the master, the topology says so,
     /// the old master follows it.
-    pub(super) async fn forward(&mut self) -> Result<(), Stop> {
-        let step = self.begin_step("promote");
-        let until = Instant::now() + PHASE_MAX;
-        let promoted = loop {
-            match self.promote().await {
-                Ok(run_id) => {
-                    self.end_step(step, None);
-                    break Ok(run_id);
-                }
-                Err(reason) if Instant::now() >= until => {
-                    // The freeze ends all the same: the center's own guardian promotes its server when it is back.
-                    self.finish_step(step, StepState::Failed, Some(reason.clone()), Vec::new());
-                    break Err(reason);
-                }
-                Err(_) => {
-                    self.target = None;
-                    tokio::time::sleep(PROMOTE_POLL).await;
-                }
-            }
+    /// `promoted`: the run of its server, where this coordinator made it the master already.
+    pub(super) async fn forward(&mut self, promoted: Option<String>) -> Result<(), Stop> {
+        let promoted = match promoted {
+            Some(run_id) => Ok(run_id),
+            None => self.promote_in_time().await,
         };
         self.passes("promoted")?;
         let attach = self.redirect(promoted.as_deref().ok()).await?;
@@ -183,8 +169,31 @@ impl Coordinator {
         self.verify(promoted.err()).await
     }
 
+    /// Makes the target's server the master, within the time that the freeze leaves for it.
+    async fn promote_in_time(&mut self) -> Result<String, String> {
+        let step = self.begin_step("promote");
+        let until = Instant::now() + PHASE_MAX;
+        loop {
+            match self.promote().await {
+                Ok(run_id) => {
+                    self.end_step(step, None);
+                    return Ok(run_id);
+                }
+                Err(reason) if Instant::now() >= until => {
+                    // The freeze ends all the same: the center's own guardian promotes its server when it is back.
+                    self.finish_step(step, StepState::Failed, Some(reason.clone()), Vec::new());
+                    return Err(reason);
+                }
+                Err(_) => {
+                    self.target = None;
+                    tokio::time::sleep(PROMOTE_POLL).await;
+                }
+            }
+        }
+    }
+
     /// Makes the target's server the master, at the attempt's fence. Returns its run.
-    async fn promote(&mut self) -> Result<String, String> {
+    pub(super) async fn promote(&mut self) -> Result<String, String> {
         let to = self.fence();
         let mut target = match self.target.take() {
             Some(target) => target,

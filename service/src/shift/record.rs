@@ -351,6 +351,7 @@ pub(super) fn over<'a>(topology: &'a mut Topology, held: &Shift) -> Option<&'a m
 pub(super) fn decide(topology: &mut Topology, held: &Shift) -> Result<(), Replaced> {
     let shift = ours(topology, held)?;
     shift.phase = ShiftPhase::Decided;
+    shift.exposure.clone_from(&held.exposure);
     shift.steps.clone_from(&held.steps);
     Ok(())
 }

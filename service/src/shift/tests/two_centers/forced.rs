@@ -149,6 +149,7 @@ async fn a_forced_shift_whose_coordinator_dies_is_given_up_or_finished() {
     for (place, wanted) in [
         ("recorded", ShiftState::Aborted),
         ("lease_waited", ShiftState::Aborted),
+        ("promoted_early", ShiftState::Aborted),
         ("decided", ShiftState::Done),
         ("promoted", ShiftState::Done),
     ] {
@@ -185,4 +186,32 @@ async fn a_replica_that_restarts_while_the_lease_is_waited_out_is_not_promoted_u
     let shift = pair.until_over(&begun.id).await;
     assert_eq!(shift.state, ShiftState::Aborted, "{shift:#?}");
     assert_eq!(pair.topology().master.as_str(), "a");
+}
+
+// S4: between the last look at the replica and its promotion it is still the run that was promised.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_that_restarts_just_before_it_is_promoted_is_not_promoted_unasked() {
+    let mut pair = pair().await;
+    let sale = pair.create_sale(9).await;
+    pair.server("a").kill();
+    pair.stop("a").await;
+    let pid = rustix::process::Pid::from_raw(pair.server("b").pid().cast_signed()).unwrap();
+    pair.at("b", "looked", move || {
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        false
+    });
+    let begun = pair.shifts("b").start(forced("b"), "ops").await.unwrap();
+    let shift = pair.until_over(&begun.id).await;
+    assert_eq!(shift.state, ShiftState::Aborted, "{shift:#?}");
+    assert_eq!(pair.topology().master.as_str(), "a");
+    pair.server("b").restart().await;
+    let refused = pair.shifts("b").start(forced("b"), "ops").await;
+    assert!(
+        matches!(&refused, Err(ShiftError::Refused { next, .. }) if next.contains("--accept-loss")),
+        "{refused:?}"
+    );
+    let shift = pair.shift(ShiftRequest { accept_loss: true, ..forced("b") }).await;
+    done(&shift);
+    pair.until_master("b", shift.epoch).await;
+    pair.buyers(&sale, 1).stop().await;
 }
