@@ -171,7 +171,8 @@ pub struct Exposure {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     /// `precheck`, `freeze`, `fence`, `catch_up`, `decided`, `promote`, `redirect`, `attach`, `thaw`, `verify`; forced:
-    /// `precheck`, `record`, `wait_lease`, `promote`, `fence`, `redirect`, `verify`; shards: see the operations manual.
+    /// `precheck`, `record`, `wait_lease`, `promote` (after `decided` where loss was accepted), `redirect`, `thaw`, `verify`;
+    /// shards: see the operations manual.
     pub name: String,
     /// How it stands.
     pub state: StepState,
