@@ -107,9 +107,9 @@ pub(super) async fn list(state: Arc<AdminState>, call: Call) -> Result<Response,
     }
     state.operator(&call)?;
     // One that is being verified stands in the history already, and is not over.
-    let (running, history): (Vec<_>, Vec<_>) =
-        state.shifts.list().into_iter().partition(|shift| !shift.state.is_over());
-    private_json(&Shifts { running: running.into_iter().next(), history })
+    let mut history = state.shifts.list();
+    let running = history.iter().position(|shift| !shift.state.is_over()).map(|at| history.remove(at));
+    private_json(&Shifts { running, history })
 }
 
 /// `GET /admin/v1/shifts/{id}`

@@ -44,6 +44,8 @@ pub(super) struct Replicas {
     lost: BTreeMap<CenterId, Instant>,
     /// Since when one is attached that no center knows, and whether that was said.
     unknown: Option<(Instant, bool)>,
+    /// The last attempt to put them in order failed, and that was said.
+    troubled: bool,
     /// When the next return may be tried, and how many came to nothing.
     retry: Option<(Instant, u32)>,
     /// When the outbox's position was published last, and how far it was.
@@ -92,7 +94,12 @@ impl Guardian {
         if let Err(error) = self.keep_in_sync(topology, standing, online, &known).await {
             // What is still on its way on this connection is anybody's guess.
             self.ledger.disconnect();
-            tracing::warn!(partition = self.options.partition, %error, "the replicas could not be put in order");
+            if !std::mem::replace(&mut self.replicas.troubled, true) {
+                let partition = self.options.partition;
+                tracing::warn!(partition, %error, "the replicas cannot be put in order; it is tried again");
+            }
+        } else if std::mem::take(&mut self.replicas.troubled) {
+            tracing::info!(partition = self.options.partition, "the replicas can be put in order again");
         }
     }
 
