@@ -23,4 +23,4 @@ if ! "$parts" status >/dev/null 2>&1; then
     # shellcheck disable=SC1091 # written by the line above
     . "$folder/env"
 fi
-"$cargo" test --workspace --locked "$@"
+"$cargo" test --workspace --locked --no-fail-fast "$@"

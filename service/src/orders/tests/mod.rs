@@ -40,7 +40,10 @@ impl Fixture {
     }
 
     async fn on(kind: Kind) -> Fixture {
-        let place = Place::new(kind).await;
+        Fixture::in_place(Place::new(kind).await).await
+    }
+
+    async fn in_place(place: Place) -> Fixture {
         let clock = Arc::new(ManualClock::new(START));
         let store = open(place.url(), &clock, "a").await.unwrap();
         Fixture { store, place, clock, seq: 0 }

@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use seckill_parts::shared;
+use seckill_parts::{Mariadb, shared};
 use sqlx::{AssertSqlSafe, MySqlPool, SqlitePool};
 use tempfile::TempDir;
 
@@ -29,8 +29,17 @@ pub(super) use on_both;
 
 /// A database.
 pub(super) enum Place {
-    File { _folder: TempDir, url: String },
+    File {
+        _folder: TempDir,
+        url: String,
+    },
     Server(Lease),
+    /// On a server of its own, which copies from nobody.
+    Alone {
+        _server: Mariadb,
+        _folder: TempDir,
+        url: String,
+    },
 }
 
 impl Place {
@@ -39,6 +48,19 @@ impl Place {
         match kind {
             Kind::Sqlite => Place::file(),
             Kind::MySql => Place::Server(Lease::take().await),
+        }
+    }
+
+    /// One without orders, on a server that replicates with no other.
+    pub(super) async fn alone(kind: Kind) -> Place {
+        match kind {
+            Kind::Sqlite => Place::file(),
+            Kind::MySql => {
+                let folder = tempfile::tempdir_in(shared_memory()).unwrap();
+                let server = Mariadb::start(folder.path()).await.unwrap();
+                let url = server.create_database("seckill").await.unwrap();
+                Place::Alone { _server: server, _folder: folder, url }
+            }
         }
     }
 
@@ -59,7 +81,7 @@ impl Place {
     pub(super) fn url(&self) -> &str {
         match self {
             Place::File { url, .. } => url,
-            Place::Server(lease) => &lease.url,
+            Place::Server(Lease { url }) | Place::Alone { url, .. } => url,
         }
     }
 
@@ -70,8 +92,8 @@ impl Place {
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.unwrap();
                 pool.close().await;
             }
-            Place::Server(lease) => {
-                let pool = MySqlPool::connect(&lease.url).await.unwrap();
+            Place::Server(Lease { url }) | Place::Alone { url, .. } => {
+                let pool = MySqlPool::connect(url).await.unwrap();
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&pool).await.unwrap();
                 pool.close().await;
             }
@@ -87,8 +109,8 @@ impl Place {
                 pool.close().await;
                 number
             }
-            Place::Server(lease) => {
-                let pool = MySqlPool::connect(&lease.url).await.unwrap();
+            Place::Server(Lease { url }) | Place::Alone { url, .. } => {
+                let pool = MySqlPool::connect(url).await.unwrap();
                 let number = sqlx::query_scalar(sql).fetch_one(&pool).await.unwrap();
                 pool.close().await;
                 number
@@ -105,14 +127,20 @@ impl Place {
                 pool.close().await;
                 rows
             }
-            Place::Server(lease) => {
-                let pool = MySqlPool::connect(&lease.url).await.unwrap();
+            Place::Server(Lease { url }) | Place::Alone { url, .. } => {
+                let pool = MySqlPool::connect(url).await.unwrap();
                 let rows = sqlx::query_as(sql).fetch_all(&pool).await.unwrap();
                 pool.close().await;
                 rows
             }
         }
     }
+}
+
+/// A thousand tables are made at once where no disk has to sync each of them.
+fn shared_memory() -> std::path::PathBuf {
+    let memory = std::path::Path::new("/dev/shm");
+    if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() }
 }
 
 /// A database on the server. A thousand tables take a while to make, so a test that is done hands its database to

@@ -104,7 +104,9 @@ async fn a_master_in_the_wrong_center_becomes_a_replica_and_what_only_it_has_is_
     // Somebody sold there, under the fence that both have.
     let lost = pair.buy_at("b", &before.fence(), &sale, "u1").await;
     pair.start("b").await;
-    pair.until_in_sync(before.epoch).await;
+    // Attached again soon enough, it was never taken off; otherwise it comes back at a later epoch.
+    pair.until_attached().await;
+    pair.until_in_sync(Epoch(before.epoch.0 - 1)).await;
     assert!(matches!(pair.standing("b").await.role, Role::Replica { .. }));
     assert!(!pair.holds("b", lost).await && !pair.holds("a", lost).await);
     let tails = pair.tails("b");
