@@ -36,7 +36,7 @@ pub(super) enum Place {
     Server(Lease),
     /// On a server of its own, which copies from nobody.
     Alone {
-        _server: Mariadb,
+        _server: Box<Mariadb>,
         _folder: TempDir,
         url: String,
     },
@@ -59,7 +59,7 @@ impl Place {
                 let folder = tempfile::tempdir_in(shared_memory()).unwrap();
                 let server = Mariadb::start(folder.path()).await.unwrap();
                 let url = server.create_database("seckill").await.unwrap();
-                Place::Alone { _server: server, _folder: folder, url }
+                Place::Alone { _server: Box::new(server), _folder: folder, url }
             }
         }
     }

@@ -230,7 +230,7 @@ async fn a_database_belongs_to_one_center_and_one_release(kind: Kind) {
     // Servers that replicate each other hold the tables of both centers.
     let fixture = Fixture::in_place(Place::alone(kind).await).await;
     let foreign = fixture.open("b").await;
-    let foreign = foreign.err().expect("a refusal");
+    let Err(foreign) = foreign else { panic!("it was opened") };
     assert!(
         matches!(&foreign, Error::ForeignCenter { owner, center } if owner == "a" && center == "b"),
         "{foreign}"
