@@ -196,8 +196,8 @@ pub(super) fn by_key<'a>(topology: &'a Topology, key: &str) -> Option<&'a Shift>
     recorded.into_iter().find(|shift| shift.key.as_deref() == Some(key))
 }
 
-/// Refuses what makes no sense, before anything is looked at, and again when the record is written.
-pub(super) fn refuse_wrong_use(topology: &Topology, request: &ShiftRequest) -> Result<(), ShiftError> {
+/// What makes no sense, whatever is to move.
+pub(super) fn refuse_any_shift(topology: &Topology, request: &ShiftRequest) -> Result<(), ShiftError> {
     let to = &request.to;
     if let Some(running) = &topology.shift {
         return Err(ShiftError::refused(
@@ -225,6 +225,13 @@ pub(super) fn refuse_wrong_use(topology: &Topology, request: &ShiftRequest) -> R
         )
         .of(Refusal::Epoch));
     }
+    Ok(())
+}
+
+/// Refuses what makes no sense, before anything is looked at, and again when the record is written.
+pub(super) fn refuse_wrong_use(topology: &Topology, request: &ShiftRequest) -> Result<(), ShiftError> {
+    refuse_any_shift(topology, request)?;
+    let to = &request.to;
     if topology.master == *to {
         return Err(ShiftError::refused(
             format!("center {to} is the master already"),

@@ -2,8 +2,8 @@
 
 use seckill_domain::{CenterId, Epoch, Shard};
 
-use super::super::operation::{Refusal, ShiftError, ShiftRequest};
-use super::super::record::{Aborted, Begun, Replaced, by_key, now, ours, over};
+use super::super::operation::{ShiftError, ShiftRequest};
+use super::super::record::{Aborted, Begun, Replaced, by_key, now, ours, over, refuse_any_shift};
 use crate::topology::{Check, Coordinator, Exposure, Extra, Shift, ShiftPhase, ShiftState, Step, Topology};
 
 /// How long a shift of shards may stay in one phase before somebody else takes it over. Its own coordinator gives up
@@ -78,32 +78,7 @@ pub(super) fn refuse_wrong_use(
     request: &ShiftRequest,
 ) -> Result<(CenterId, Vec<Shard>), ShiftError> {
     let to = &request.to;
-    if let Some(running) = &topology.shift {
-        return Err(ShiftError::refused(
-            format!(
-                "the shift {} to center {} is running, asked for by {}",
-                running.id, running.to, running.actor
-            ),
-            format!("follow it with `seckill shift status {}`, or abort it", running.id),
-        )
-        .of(Refusal::Running));
-    }
-    if !topology.centers.contains_key(to) {
-        let known: Vec<&str> = topology.centers.keys().map(|center| center.as_str()).collect();
-        return Err(ShiftError::refused(
-            format!("there is no center {to}"),
-            format!("the centers are {}", known.join(", ")),
-        ));
-    }
-    if let Some(expected) = request.expect_epoch
-        && expected != topology.epoch
-    {
-        return Err(ShiftError::refused(
-            format!("the topology is at epoch {}, not at {expected}", topology.epoch),
-            "look at `seckill topology show` and ask again with that epoch, if it still makes sense",
-        )
-        .of(Refusal::Epoch));
-    }
+    refuse_any_shift(topology, request)?;
     let mut shards = request.shards.clone();
     shards.sort_unstable();
     shards.dedup();
