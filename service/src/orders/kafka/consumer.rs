@@ -31,6 +31,8 @@ use crate::topology::Topology;
 const READ_AHEAD: usize = 1;
 /// How often the ends of the partitions are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(5);
+/// The same while they could not be looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 /// A consumer that brings nothing for this long although there is something is replaced.
 const STALL: Duration = Duration::from_secs(30);
 
@@ -181,7 +183,7 @@ impl Consumer {
         }
         // Until it went well once, the topics are looked at again.
         let topics_are_there = std::mem::take(&mut aside.checked);
-        let looker = self.connection.looker(&self.tracker)?;
+        let mut looker = self.connection.looker(&self.tracker)?;
         let ends = self.look(&looker, &stored).await?;
         aside.checked = topics_are_there;
         let mut lost = self.lost(&stored, &ends);
@@ -250,6 +252,10 @@ impl Consumer {
                         Err(halt) => {
                             heard = Instant::now();
                             away = Some(format!("the consumer's brokers do not answer: {halt}"));
+                            // It would keep asking under the leader epochs that it knows, and a broker that
+                            // restarted refuses those: the library asks for later ones only where it reads.
+                            looker = self.connection.looker(&self.tracker)?;
+                            look.reset_after(LOOK_AGAIN);
                             continue;
                         }
                     };
