@@ -2,7 +2,7 @@
 
 CARGO ?= cargo
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test services services-down cluster compose-check bench lint deny fmt clean
+.PHONY: help setup demo test services services-down cluster compose-check bench rules lint deny fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -32,9 +32,13 @@ compose-check: ## Check docker-compose.yml, where docker compose is installed
 bench: setup ## Measure the budgets of docs/: a table, and target/bench.json
 	$(CARGO) run --release --locked -p seckill-bench -- --output target/bench.json
 
+rules: setup ## Take each rule of docs/two-centers.md out that has a patch: its tests must fail
+	@exec env CARGO="$(CARGO)" scripts/without-rule.sh --all
+
 lint: setup ## rustfmt, clippy (warnings are errors), shell scripts, and licences where cargo-deny is installed
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --workspace --all-targets --locked -- -D warnings
+	@scripts/without-rule.sh --check
 	@if command -v shellcheck >/dev/null; then shellcheck --severity=warning scripts/*.sh .ci/run; \
 		else echo "shellcheck is not installed: shell scripts not checked"; fi
 	@if command -v cargo-deny >/dev/null; then $(CARGO) deny --locked check bans licenses sources; \
