@@ -8,7 +8,6 @@ use anyhow::{Context, ensure};
 use seckill_domain::SaleSpec;
 use seckill_ledger::Fence;
 use seckill_ledger::testkit::RedisServer;
-use seckill_loadtest::buyers::{Buyers, TokenTerms};
 use seckill_loadtest::client::{Connection, Target};
 use serde_json::json;
 
@@ -113,31 +112,7 @@ impl Bench<'_> {
     fn purchases_of(&mut self, server: &Server, sale: &str, count: u32) -> Arc<Vec<Vec<u8>>> {
         let seed = self.next_seed;
         self.next_seed += 1;
-        let expires_at_s = jiff::Timestamp::now().as_second() + 3600;
-        let terms = TokenTerms { secret: SECRET, kid: None, expires_at_s };
-        let buyers = Buyers::sign(seed, None, count, &terms, |_| {});
-        let authority = server.url.trim_start_matches("http://");
-        let requests = (0..count)
-            .map(|user| {
-                let mut request = Vec::with_capacity(512);
-                request.extend_from_slice(
-                    format!("POST /v1/sales/{sale}/purchases HTTP/1.1\r\nhost: {authority}\r\nauthorization: Bearer ")
-                        .as_bytes(),
-                );
-                buyers.write_token(user, &mut request);
-                request.extend_from_slice(b"\r\nidempotency-key: ");
-                buyers.write_key(user, 0, &mut request);
-                request.extend_from_slice(
-                    b"\r\ncontent-type: application/json\r\ncontent-length: 14\r\n\r\n{\"quantity\": 1}",
-                );
-                // 14 bytes of body: `{"quantity":1}`.
-                let body = request.len() - 15;
-                request.truncate(body);
-                request.extend_from_slice(b"{\"quantity\":1}");
-                request
-            })
-            .collect();
-        Arc::new(requests)
+        load::purchases(server.url.trim_start_matches("http://"), sale, (seed, count), SECRET)
     }
 
     async fn cost(

@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
+use seckill_loadtest::buyers::{Buyers, TokenTerms};
 use seckill_loadtest::client::{Connection, Target};
 
 /// What a round of load gave.
@@ -21,6 +22,35 @@ impl Round {
     pub(crate) fn rate(&self) -> f64 {
         self.requests as f64 / self.wall.as_secs_f64()
     }
+}
+
+/// One purchase by each of `count` buyers, whom nobody else has who takes another seed; each has a token, signed with
+/// `secret`, and a key of its own.
+pub(crate) fn purchases(
+    authority: &str,
+    sale: &str,
+    (seed, count): (u64, u32),
+    secret: &[u8],
+) -> Arc<Vec<Vec<u8>>> {
+    const BODY: &[u8] = br#"{"quantity":1}"#;
+    let expires_at_s = jiff::Timestamp::now().as_second() + 3600;
+    let buyers = Buyers::sign(seed, None, count, &TokenTerms { secret, kid: None, expires_at_s }, |_| {});
+    let head = format!(
+        "POST /v1/sales/{sale}/purchases HTTP/1.1\r\nhost: {authority}\r\ncontent-type: application/json\r\n\
+         content-length: {}\r\nauthorization: Bearer ",
+        BODY.len()
+    );
+    let request = |user| {
+        let mut request = Vec::with_capacity(512);
+        request.extend_from_slice(head.as_bytes());
+        buyers.write_token(user, &mut request);
+        request.extend_from_slice(b"\r\nidempotency-key: ");
+        buyers.write_key(user, 0, &mut request);
+        request.extend_from_slice(b"\r\n\r\n");
+        request.extend_from_slice(BODY);
+        request
+    };
+    Arc::new((0..count).map(request).collect())
 }
 
 /// Sends the requests over `connections` connections and checks that each answer has `status`.

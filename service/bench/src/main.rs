@@ -9,6 +9,7 @@ mod drain;
 mod drain_rows;
 mod herd;
 mod http_rows;
+mod lanes;
 mod ledger_rows;
 mod load;
 mod orders_rows;
@@ -35,7 +36,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 struct Cli {
     #[command(subcommand)]
     command: Option<Command>,
-    /// Only rows whose name contains this.
+    /// Only rows whose name contains this; `lanes` compares lanes without HTTP, against no bar.
     #[arg(long, default_value = "")]
     only: String,
     /// Requests of one round over HTTP.
@@ -122,6 +123,10 @@ fn main() -> anyhow::Result<ExitCode> {
 }
 
 async fn measure(scope: &Scope, output: &std::path::Path) -> anyhow::Result<ExitCode> {
+    if scope.only == lanes::LANES {
+        lanes::measure(scope).await?;
+        return Ok(ExitCode::SUCCESS);
+    }
     table::print_head();
     let mut rows = http_rows::measure(scope).await?;
     rows.extend(ledger_rows::measure(scope).await?);

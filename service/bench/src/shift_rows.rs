@@ -45,7 +45,7 @@ pub(crate) async fn measure(scope: &Scope) -> anyhow::Result<Vec<Row>> {
 
 /// Back and forth under load.
 async fn planned() -> anyhow::Result<Vec<Row>> {
-    let both = TwoServices::open(SALE).await?;
+    let both = TwoServices::open(SALE, "replicated").await?;
     let crowd = Crowd::start(&both, 1).await?;
     crowd.until_more(500).await?;
     let (mut held, mut gaps, mut steps) = (Vec::new(), Vec::new(), String::new());
@@ -91,7 +91,7 @@ async fn planned() -> anyhow::Result<Vec<Row>> {
 async fn forced(scope: &Scope) -> anyhow::Result<Row> {
     let (mut beyond, mut detail) = (Vec::new(), String::new());
     for round in 0..scope.rounds.min(3) {
-        let mut both = TwoServices::open(SALE).await?;
+        let mut both = TwoServices::open(SALE, "replicated").await?;
         let crowd = Crowd::start(&both, 100 + u64::from(round)).await?;
         crowd.until_more(500).await?;
         both.kill(0)?;

@@ -12,6 +12,8 @@ use seckill_loadtest::client::{Client, Target};
 use seckill_parts::{Etcd, Link, Redis, RedisOptions};
 use serde_json::{Value, json};
 
+use crate::process::cpu_time;
+
 /// Each way.
 const DELAY: Duration = Duration::from_millis(15);
 /// How long anything may take that is not measured.
@@ -27,6 +29,8 @@ pub(crate) const IDS: [&str; 2] = ["a", "b"];
 /// Both centers.
 pub(crate) struct TwoServices {
     centers: Vec<Center>,
+    /// `replicated` or `local`.
+    durability: &'static str,
     admin_token: String,
     _etcd: Etcd,
     /// Dropped last.
@@ -44,8 +48,8 @@ struct Center {
 }
 
 impl TwoServices {
-    /// Starts everything and puts an endless sale on offer.
-    pub(crate) async fn open(sale: &str) -> anyhow::Result<TwoServices> {
+    /// Starts everything, with durability `replicated` or `local`, and puts an endless sale on offer.
+    pub(crate) async fn open(sale: &str, durability: &'static str) -> anyhow::Result<TwoServices> {
         let dir = tempfile::tempdir()?;
         let etcd = Etcd::start(&dir.path().join("etcd")).await?;
         for (name, text) in [("users", SECRET), ("admin", SECRET), ("cross-a", SECRET), ("cross-b", SECRET)] {
@@ -69,7 +73,7 @@ impl TwoServices {
             }
             centers.push(Center { id, ports, redis, links, child: None });
         }
-        let mut both = TwoServices { centers, admin_token, _etcd: etcd, dir };
+        let mut both = TwoServices { centers, durability, admin_token, _etcd: etcd, dir };
         for place in 0..IDS.len() {
             std::fs::write(both.config(place), both.configuration(place)?)?;
             both.spawn(place)?;
@@ -123,14 +127,16 @@ impl TwoServices {
         serde_json::from_slice(&output.stdout).context("no JSON")
     }
 
-    /// Waits until a center is the master and the other one has everything that is acknowledged.
+    /// Waits until a center is the master and the other one has everything that is acknowledged; with durability `local`
+    /// that is never said of it.
     pub(crate) async fn until_master(&self, place: usize) -> anyhow::Result<()> {
         self.until("the master sells and the other center follows", async |both| {
             let topology = both.get(place, "/admin/v1/topology").await?;
             let ready = both.get(place, "/readyz").await?;
             Ok(topology["master"] == IDS[place]
                 && topology["state"] == "steady"
-                && topology["in_sync"].as_array().is_some_and(|replicas| !replicas.is_empty())
+                && (both.durability == "local"
+                    || topology["in_sync"].as_array().is_some_and(|replicas| !replicas.is_empty()))
                 && ready["authority"]["granted"] == true)
         })
         .await
@@ -191,6 +197,8 @@ diverged_dir = "{dir}/{id}"
 per_user = "off"
 [telemetry]
 log = "seckill=info,warn"
+[cluster]
+durability = "{}"
 [topology]
 store = "etcd"
 [topology.etcd]
@@ -199,6 +207,7 @@ endpoints = ["{}"]
             place + 1,
             links[1].address(),
             redis.url(),
+            self.durability,
             self._etcd.endpoint(),
         )?;
         for (ring, file) in [("users", "users"), ("admin", "admin"), ("payments", "cross-a")] {
@@ -221,10 +230,34 @@ endpoints = ["{}"]
 
     /// What an admin listener shows, if it answers at all.
     async fn get(&self, place: usize, path: &str) -> anyhow::Result<Value> {
+        Ok(serde_json::from_slice(&self.get_bytes(place, path).await?)?)
+    }
+
+    async fn get_bytes(&self, place: usize, path: &str) -> anyhow::Result<Vec<u8>> {
         let url = format!("http://127.0.0.1:{}", self.centers[place].ports[1]);
         let mut client = Client::new(Target::resolve(&url).await?, CALL_TIMEOUT);
-        let answer = client.get(path, Some(&self.admin_token)).await?;
-        Ok(serde_json::from_slice(&answer.body)?)
+        Ok(client.get(path, Some(&self.admin_token)).await?.body)
+    }
+
+    /// Orders that both centers stored.
+    pub(crate) async fn stored(&self) -> anyhow::Result<u64> {
+        let mut stored = 0;
+        for place in 0..IDS.len() {
+            let metrics = String::from_utf8(self.get_bytes(place, "/metrics").await?)?;
+            let count = metrics.lines().find_map(|line| line.strip_prefix("seckill_orders_stored_total "));
+            stored += count.context("no count of stored orders")?.parse::<u64>()?;
+        }
+        Ok(stored)
+    }
+
+    /// Waits until both centers together stored so many orders.
+    pub(crate) async fn until_stored(&self, orders: u64) -> anyhow::Result<()> {
+        self.until("the orders are stored", async |both| Ok(both.stored().await? >= orders)).await
+    }
+
+    /// CPU time that both services used so far.
+    pub(crate) fn cpu_time(&self) -> anyhow::Result<Duration> {
+        self.centers.iter().filter_map(|center| center.child.as_ref()).map(|child| cpu_time(child.id())).sum()
     }
 
     async fn until(
