@@ -1,7 +1,9 @@
 //! Apache Kafka: one broker that is its own controller (KRaft), from its jars.
 
 use std::fs;
+use std::net::Ipv4Addr;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rdkafka::ClientConfig;
@@ -9,6 +11,8 @@ use rdkafka::consumer::{BaseConsumer, Consumer};
 
 use crate::error::{PartError, file_error};
 use crate::kafka_jars;
+use crate::link::Link;
+use crate::ports;
 use crate::process::{Invocation, Lifetime, find_program};
 use crate::server::{Data, Server, data_folder, folder, lifecycle, on_ports, prepare};
 
@@ -22,6 +26,8 @@ pub struct KafkaOptions {
     pub lifetime: Lifetime,
     /// More lines of `server.properties`, which win over ours: `("message.max.bytes", "2000")`.
     pub extra: Vec<(String, String)>,
+    /// How those reach it who are far away: the start leads this line to a listener that tells clients to stay on it.
+    pub line: Option<Arc<Link>>,
 }
 
 /// A Kafka broker.
@@ -59,7 +65,15 @@ impl Kafka {
         let class_path = format!("{}/*", jars.display());
         let folder = data_folder(dir, data)?;
         let properties = dir.join("server.properties");
-        let text = server_properties(&folder, port, controller, &options.extra);
+        let far = match &options.line {
+            None => None,
+            Some(line) => {
+                let [listener] = ports::free()?;
+                line.set_target((Ipv4Addr::LOCALHOST, listener).into());
+                Some((listener, line.port()))
+            }
+        };
+        let text = server_properties(&folder, port, controller, far, &options.extra);
         fs::write(&properties, text).map_err(file_error("write", &properties))?;
         let properties = properties.display().to_string();
         if data == Data::Fresh {
@@ -113,8 +127,8 @@ impl Kafka {
         tokio::task::spawn_blocking(ask).await.unwrap_or_else(|error| Err(error.to_string()))
     }
 
-    /// Its port on 127.0.0.1. Clients need the broker's own address: through a [`Link`](crate::Link) they would go on
-    /// to the one that the broker advertises.
+    /// Its port on 127.0.0.1. Clients need the broker's own address: through a [`Link`] they would go on to the one that
+    /// the broker advertises, unless it is the line of its options.
     pub fn port(&self) -> u16 {
         self.port
     }
@@ -130,15 +144,25 @@ lifecycle!(Kafka);
 /// Any 16 bytes in base64. The same for all: what could be mixed up is kept apart by ports.
 const CLUSTER_ID: &str = "c2Vja2lsbC1wYXJ0cy0tMQ";
 
-fn server_properties(data: &Path, port: u16, controller: u16, extra: &[(String, String)]) -> String {
+/// `far` are the port of the listener at the end of a line, and that of the line.
+fn server_properties(
+    data: &Path,
+    port: u16,
+    controller: u16,
+    far: Option<(u16, u16)>,
+    extra: &[(String, String)],
+) -> String {
+    let (listener, advertised) = far.map_or_else(Default::default, |(listener, line)| {
+        (format!(",FAR://127.0.0.1:{listener}"), format!(",FAR://127.0.0.1:{line}"))
+    });
     let mut text = format!(
         "# Written at each start of this broker; changes here are lost.
 process.roles=broker,controller
 node.id=1
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}{listener}
+advertised.listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}{advertised}
 controller.listener.names=CONTROLLER
-listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,FAR:PLAINTEXT
 controller.quorum.bootstrap.servers=127.0.0.1:{controller}
 log.dirs={data}
 

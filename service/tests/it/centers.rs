@@ -1,6 +1,6 @@
 //! Two centers as production runs them: in each a `seckill serve` and a redis-server, and between them lines that can
 //! be slow, silent or cut. Whatever one center asks of the other goes over such a line: the internal API, Redis
-//! replication and the guardian's looks.
+//! replication, the guardian's looks, and what is published to the other's Kafka, where there is one.
 
 use std::fmt::Write as _;
 use std::io::{BufRead, BufReader};
@@ -58,6 +58,14 @@ impl Which {
             Which::B => Which::A,
         }
     }
+
+    /// What is this center's of what both have.
+    pub(crate) fn of<T>(self, both: &[T; 2]) -> &T {
+        match self {
+            Which::A => &both[0],
+            Which::B => &both[1],
+        }
+    }
 }
 
 /// What may differ from test to test.
@@ -73,11 +81,15 @@ pub(crate) struct CentersOptions {
     pub(crate) databases: Vec<(Which, String)>,
     /// The internal API speaks TLS, and both sides show a certificate.
     pub(crate) tls: bool,
+    /// More lines between the centers.
+    pub(crate) lines: Vec<Arc<Link>>,
 }
 
 /// Two centers.
 pub(crate) struct Centers {
     sides: [Side; 2],
+    /// Lines between them to what stands behind them.
+    lines: Vec<Arc<Link>>,
     /// Where the topology lies, if not in a file.
     pub(crate) etcd: Option<Etcd>,
     base_port: u16,
@@ -137,7 +149,7 @@ impl Centers {
             });
         }
         let Ok(sides) = <[Side; 2]>::try_from(sides) else { unreachable!("there are two") };
-        let mut centers = Centers { sides, etcd, base_port, dir };
+        let mut centers = Centers { sides, lines: options.lines.clone(), etcd, base_port, dir };
         centers.far_apart();
         for which in BOTH {
             let config = centers.configuration(which, &options);
@@ -236,10 +248,7 @@ log = "seckill=info,warn"
     }
 
     fn side(&self, which: Which) -> &Side {
-        match which {
-            Which::A => &self.sides[0],
-            Which::B => &self.sides[1],
-        }
+        which.of(&self.sides)
     }
 
     fn side_mut(&mut self, which: Which) -> &mut Side {
@@ -332,7 +341,8 @@ log = "seckill=info,warn"
     }
 
     fn links(&self) -> impl Iterator<Item = &Link> {
-        self.sides.iter().flat_map(|side| [&side.to_redis, &side.to_internal])
+        let sides = self.sides.iter().flat_map(|side| [&side.to_redis, &side.to_internal]);
+        sides.chain(self.lines.iter().map(Arc::as_ref))
     }
 
     /// 30 ms ± 10 ms between the centers.

@@ -1,17 +1,75 @@
 //! What production has behind two centers: a Kafka for each, MariaDB, an etcd. A Kafka that is away holds back the orders
 //! of those who are at home in its center, and nobody else's.
 
-use seckill_parts::{Kafka, Mariadb};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use seckill_parts::{Kafka, KafkaOptions, Link, LinkState, Mariadb};
 use serde_json::{Value, json};
 
 use crate::centers::{BOTH, Centers, CentersOptions, Which};
 use crate::crowd::{Crowd, ask_again, compare_books, stored_orders, user_of};
 use crate::support::eventually;
 
+/// How long the line between the centers is cut: longer than a replica is waited for, and than all timeouts.
+const CUT: Duration = Duration::from_secs(20);
+
+/// In memory where there is some: making 1,200 tables twice waits for thousands of syncs of a disk.
+fn folder() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
+}
+
+/// A Kafka for each center. What one publishes to the other's goes over a line between them.
+pub(super) struct Kafkas {
+    /// By center.
+    brokers: [Kafka; 2],
+    /// By center: how the other one reaches its broker.
+    lines: [Arc<Link>; 2],
+}
+
+impl Kafkas {
+    pub(super) async fn start(dir: &Path) -> Kafkas {
+        let nowhere = ([127, 0, 0, 1], 1).into();
+        let lines = BOTH.map(|_| Arc::new(Link::start(nowhere).unwrap()));
+        let folders = BOTH.map(|which| dir.join(format!("kafka-{}", which.id())));
+        let over =
+            |line: &Arc<Link>| KafkaOptions { line: Some(Arc::clone(line)), ..KafkaOptions::default() };
+        let options = [over(&lines[0]), over(&lines[1])];
+        let (a, b) = tokio::join!(
+            Kafka::start_with(&folders[0], &options[0]),
+            Kafka::start_with(&folders[1], &options[1])
+        );
+        Kafkas { brokers: [a.unwrap(), b.unwrap()], lines }
+    }
+
+    pub(super) fn of(&self, which: Which) -> &Kafka {
+        which.of(&self.brokers)
+    }
+
+    /// Two centers with Kafka for a queue.
+    pub(super) fn options(&self) -> CentersOptions {
+        let kafka = |which: Which| {
+            let (own, other) = (self.of(which).bootstrap(), which.other().of(&self.lines).address());
+            let table = format!(
+                "[kafka]\nbootstrap = \"{own}\"\nreplication_factor = 1\n\
+                 [kafka.centers.{}]\nbootstrap = \"{other}\"\n",
+                which.other().id()
+            );
+            (which, table)
+        };
+        CentersOptions {
+            more: BOTH.map(kafka).into(),
+            queue: Some("kafka"),
+            lines: self.lines.to_vec(),
+            ..CentersOptions::default()
+        }
+    }
+}
+
 /// Servers of a test's own.
 pub(super) struct Behind {
-    /// By center.
-    kafka: [Kafka; 2],
+    kafka: Kafkas,
     /// By center.
     mariadb: [Mariadb; 2],
     /// The URLs of the centers' databases.
@@ -22,53 +80,33 @@ pub(super) struct Behind {
 
 impl Behind {
     pub(super) async fn start() -> Behind {
-        let dir = tempfile::tempdir().unwrap();
-        let [a, b] = BOTH.map(|which| dir.path().join(format!("kafka-{}", which.id())));
-        let (a, b) = tokio::join!(Kafka::start(&a), Kafka::start(&b));
-        let kafka = [a.unwrap(), b.unwrap()];
+        let dir = folder();
         let [a, b] = BOTH.map(|which| dir.path().join(format!("mariadb-{}", which.id())));
-        let (a, b) = tokio::join!(Mariadb::start(&a), Mariadb::start(&b));
+        let (kafka, a, b) = tokio::join!(Kafkas::start(dir.path()), Mariadb::start(&a), Mariadb::start(&b));
         let mariadb = [a.unwrap(), b.unwrap()];
         let mut databases = Vec::new();
-        for (which, mariadb) in BOTH.into_iter().zip(&mariadb) {
+        for which in BOTH {
             let name = format!("seckill_{}", which.id());
-            databases.push((which, mariadb.create_database(&name).await.unwrap()));
+            databases.push((which, which.of(&mariadb).create_database(&name).await.unwrap()));
         }
         Behind { kafka, mariadb, databases, _dir: dir }
     }
 
-    fn kafka(&self, which: Which) -> &Kafka {
-        match which {
-            Which::A => &self.kafka[0],
-            Which::B => &self.kafka[1],
-        }
-    }
-
-    fn mariadb(&self, which: Which) -> &Mariadb {
-        match which {
-            Which::A => &self.mariadb[0],
-            Which::B => &self.mariadb[1],
-        }
-    }
-
     /// Two centers in front of it.
     pub(super) fn options(&self) -> CentersOptions {
-        let kafka = |which: Which| {
-            let (own, other) = (self.kafka(which).bootstrap(), self.kafka(which.other()).bootstrap());
-            let table = format!(
-                "[kafka]\nbootstrap = \"{own}\"\nreplication_factor = 1\n\
-                 [kafka.centers.{}]\nbootstrap = \"{other}\"\n",
-                which.other().id()
-            );
-            (which, table)
-        };
-        CentersOptions {
-            etcd: true,
-            more: BOTH.map(kafka).into(),
-            queue: Some("kafka"),
-            databases: self.databases.clone(),
-            ..CentersOptions::default()
-        }
+        CentersOptions { etcd: true, databases: self.databases.clone(), ..self.kafka.options() }
+    }
+
+    /// kill -9 of everything that a center has of it.
+    pub(super) fn kill(&self, which: Which) {
+        self.kafka.of(which).kill();
+        which.of(&self.mariadb).kill();
+    }
+
+    /// What was killed is back.
+    pub(super) async fn restart(&self, which: Which) {
+        self.kafka.of(which).restart().await.unwrap();
+        which.of(&self.mariadb).restart().await.unwrap();
     }
 }
 
@@ -81,7 +119,7 @@ async fn a_center_without_its_kafka_waits_for_its_own_orders_and_nobody_else_doe
     let crowd = Crowd::start(&centers, "phone", "u", 8, 1_000_000);
     crowd.until_more(200).await;
 
-    let kafka = behind.kafka(Which::B);
+    let kafka = behind.kafka.of(Which::B);
     kafka.kill();
     let epoch = centers.epoch(Which::A).await;
     let mut orders = Vec::new();
@@ -146,7 +184,7 @@ fn audit(centers: &Centers, which: Which) -> Value {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_center_that_dies_with_its_redis_kafka_and_mariadb_costs_nobody_an_order() {
+async fn a_center_that_dies_with_all_its_servers_and_a_line_that_is_cut_cost_nobody_an_order() {
     let behind = Behind::start().await;
     let mut centers = Centers::start(behind.options()).await;
     let [a, b] = BOTH.map(|which| centers.client(which));
@@ -158,8 +196,7 @@ async fn a_center_that_dies_with_its_redis_kafka_and_mariadb_costs_nobody_an_ord
     let epoch = centers.epoch(Which::A).await;
     centers.kill_service(Which::B);
     centers.redis(Which::B).kill();
-    behind.kafka(Which::B).kill();
-    behind.mariadb(Which::B).kill();
+    behind.kill(Which::B);
     centers.until_degraded().await;
     let mut orders = Vec::new();
     for which in BOTH {
@@ -177,17 +214,29 @@ async fn a_center_that_dies_with_its_redis_kafka_and_mariadb_costs_nobody_an_ord
     // b returns, its service before everything that it stands on.
     centers.spawn(Which::B);
     centers.redis(Which::B).restart().await.unwrap();
-    behind.kafka(Which::B).restart().await.unwrap();
-    behind.mariadb(Which::B).restart().await.unwrap();
+    behind.restart(Which::B).await;
     centers.until_serving(Which::B).await;
     b.stored_order(&orders[1].1, &orders[1].0).await;
-    centers.until_in_sync(epoch).await;
+    let epoch = centers.until_in_sync(epoch).await;
     crowd.until_more(200).await;
+
+    // Both live and cannot reach each other, nor the other's Kafka.
+    centers.between(LinkState::Cut);
+    tokio::time::sleep(CUT / 2).await;
+    centers.until_degraded().await;
+    crowd.until_more(100).await;
+    let lonely = b.buy("phone", "lonely", "k", 1).await.unwrap();
+    assert_eq!((lonely.status, lonely.code()), (503, "master_unreachable"), "{lonely:?}");
+    tokio::time::sleep(CUT / 2).await;
+    centers.between(LinkState::Healthy);
+    assert_eq!(b.buy_until_known("phone", "lonely", "k").await.status, 202);
+    centers.until_in_sync(epoch).await;
+    crowd.until_more(100).await;
 
     let heard = crowd.stop().await;
     println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
     // Audits are clean, each order is in its home center's MariaDB and nowhere else.
-    let all = heard.bought.len() as u64 + 2;
+    let all = heard.bought.len() as u64 + 3;
     assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, all);
     // Both consumers tell how far they are, whoever is asked.
     for which in BOTH {
