@@ -3,17 +3,13 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
-use seckill_parts::{Kafka, KafkaOptions, Link, LinkState, Mariadb};
+use seckill_parts::{Kafka, KafkaOptions, Link, Mariadb};
 use serde_json::{Value, json};
 
 use crate::centers::{BOTH, Centers, CentersOptions, Which};
-use crate::crowd::{Crowd, ask_again, compare_books, stored_orders, user_of};
+use crate::crowd::{Crowd, compare_books, stored_orders, user_of};
 use crate::support::eventually;
-
-/// How long the line between the centers is cut: longer than a replica is waited for, and than all timeouts.
-const CUT: Duration = Duration::from_secs(20);
 
 /// In memory where there is some: making 1,200 tables twice waits for thousands of syncs of a disk.
 fn folder() -> tempfile::TempDir {
@@ -82,7 +78,8 @@ impl Behind {
     pub(super) async fn start() -> Behind {
         let dir = folder();
         let [a, b] = BOTH.map(|which| dir.path().join(format!("mariadb-{}", which.id())));
-        let (kafka, a, b) = tokio::join!(Kafkas::start(dir.path()), Mariadb::start(&a), Mariadb::start(&b));
+        let (kafka, a, b) =
+            tokio::join!(Box::pin(Kafkas::start(dir.path())), Mariadb::start(&a), Mariadb::start(&b));
         let mariadb = [a.unwrap(), b.unwrap()];
         let mut databases = Vec::new();
         for which in BOTH {
@@ -163,85 +160,30 @@ async fn a_center_without_its_kafka_waits_for_its_own_orders_and_nobody_else_doe
 
     kafka.restart().await.unwrap();
     b.stored_order(&orders[1].1, &orders[1].0).await;
-    // Until it has answered all who ask it, the audit cannot see everything.
+    until_nobody_waits(&centers).await;
+    let heard = crowd.stop().await;
+    println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
+    let all = heard.bought.len() as u64 + 3;
+    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, all);
+}
+
+/// Waits until neither center waits for the queue: until Kafka has answered all who ask it, the audit cannot see
+/// everything.
+pub(super) async fn until_nobody_waits(centers: &Centers) {
     for which in BOTH {
-        eventually("nobody waits for Kafka", async || {
+        eventually("nobody waits for the queue", async || {
             let ready = centers.ready(which).await;
             ready["queue"]["waiting"].as_array().is_none_or(Vec::is_empty).then_some(())
         })
         .await;
     }
-    let heard = crowd.stop().await;
-    println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
-    let all = heard.bought.len() as u64 + 3;
-    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, all);
 }
 
-/// What the audit says, asked of a center.
-fn audit(centers: &Centers, which: Which) -> Value {
-    let (code, out, err) = centers.cli(which, &["audit", "-o", "json"]);
-    serde_json::from_str(&out).unwrap_or_else(|_| panic!("the audit ended with {code}:\n{out}\n{err}"))
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_center_that_dies_with_all_its_servers_and_a_line_that_is_cut_cost_nobody_an_order() {
-    let behind = Behind::start().await;
-    let mut centers = Centers::start(behind.options()).await;
-    let [a, b] = BOTH.map(|which| centers.client(which));
-    a.create_sale("phone", 1_000_000, json!({})).await;
-    let crowd = Crowd::start(&centers, "phone", "u", 8, 1_000_000);
-    crowd.until_more(200).await;
-
-    // The whole of b dies. After degrade_after a sells on; orders of a's users are stored, those of b's wait.
-    let epoch = centers.epoch(Which::A).await;
-    centers.kill_service(Which::B);
-    centers.redis(Which::B).kill();
-    behind.kill(Which::B);
-    centers.until_degraded().await;
-    let mut orders = Vec::new();
-    for which in BOTH {
-        let uid = user_of(which, "meanwhile");
-        let answer = a.buy_until_known("phone", &uid, "k").await;
-        assert_eq!(answer.status, 202, "{answer:?}");
-        orders.push((answer.body["order_id"].as_str().unwrap().to_owned(), uid));
-    }
-    a.stored_order(&orders[0].1, &orders[0].0).await;
-    crowd.until_more(200).await;
-    let report = audit(&centers, Which::A);
-    assert_eq!(report["verdict"], "incomplete", "{report:#}");
-    assert!(report["problems"].to_string().contains("center b"), "{report:#}");
-
-    // b returns, its service before everything that it stands on.
-    centers.spawn(Which::B);
-    centers.redis(Which::B).restart().await.unwrap();
-    behind.restart(Which::B).await;
-    centers.until_serving(Which::B).await;
-    b.stored_order(&orders[1].1, &orders[1].0).await;
-    let epoch = centers.until_in_sync(epoch).await;
-    crowd.until_more(200).await;
-
-    // Both live and cannot reach each other, nor the other's Kafka.
-    centers.between(LinkState::Cut);
-    tokio::time::sleep(CUT / 2).await;
-    centers.until_degraded().await;
-    crowd.until_more(100).await;
-    let lonely = b.buy("phone", "lonely", "k", 1).await.unwrap();
-    assert_eq!((lonely.status, lonely.code()), (503, "master_unreachable"), "{lonely:?}");
-    tokio::time::sleep(CUT / 2).await;
-    centers.between(LinkState::Healthy);
-    assert_eq!(b.buy_until_known("phone", "lonely", "k").await.status, 202);
-    centers.until_in_sync(epoch).await;
-    crowd.until_more(100).await;
-
-    let heard = crowd.stop().await;
-    println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
-    // Audits are clean, each order is in its home center's MariaDB and nowhere else.
-    let all = heard.bought.len() as u64 + 3;
-    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, all);
-    // Both consumers tell how far they are, whoever is asked.
+/// Waits until both centers have stored what is in their Kafka, and either one tells so of both.
+pub(super) async fn until_no_lag(centers: &Centers) {
     for which in BOTH {
         eventually("both have stored everything", async || {
-            let report = audit(&centers, which);
+            let report = audit(centers, which);
             let consumers = report["queue"]["consumers"].as_array()?;
             let told: Vec<_> = consumers
                 .iter()
@@ -251,7 +193,10 @@ async fn a_center_that_dies_with_all_its_servers_and_a_line_that_is_cut_cost_nob
         })
         .await;
     }
-    for client in [&a, &b] {
-        ask_again(client, "phone", &heard.bought[..50]).await;
-    }
+}
+
+/// What the audit says, asked of a center.
+pub(super) fn audit(centers: &Centers, which: Which) -> Value {
+    let (code, out, err) = centers.cli(which, &["audit", "-o", "json"]);
+    serde_json::from_str(&out).unwrap_or_else(|_| panic!("the audit ended with {code}:\n{out}\n{err}"))
 }

@@ -10,10 +10,14 @@ use crate::centers::{BOTH, Centers, CentersOptions, Which};
 use crate::crowd::{Crowd, ask_again, compare_books, user_of};
 use crate::support::eventually;
 
+use super::behind::{Behind, audit, until_no_lag, until_nobody_waits};
+
 /// More than anybody buys in these tests.
 const PLENTY: u64 = 1_000_000;
-/// Shoppers at a time.
+/// Shoppers at a time where the two centers have the machine to themselves.
 const WIDTH: usize = 24;
+/// Shoppers at a time where two Kafkas and two MariaDBs run beside them.
+const WIDTH_BEHIND: usize = 8;
 /// How long the line between the centers is cut: longer than a replica is waited for, and than all timeouts.
 const CUT: Duration = Duration::from_secs(20);
 /// How long the replica stands still: longer than it is waited for.
@@ -25,29 +29,75 @@ const TORN_ENTRIES: usize = 40;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_center_that_dies_and_a_line_that_is_cut_cost_nobody_an_order() {
-    let mut centers = Centers::start(CentersOptions::default()).await;
+    lose_a_center_and_a_line(CentersOptions::default(), None).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_kafka_mariadb_and_etcd_a_center_that_dies_whole_and_a_line_that_is_cut_cost_nobody_an_order() {
+    let behind = Behind::start().await;
+    lose_a_center_and_a_line(behind.options(), Some(&behind)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_back() {
+    let centers = Centers::start(CentersOptions { etcd: true, ..CentersOptions::default() }).await;
+    lose_etcd(&centers, "phone", WIDTH).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_happens_to_either_redis_nothing_acknowledged_is_missing() {
+    break_either_redis(&Centers::start(CentersOptions::default()).await, "phone", WIDTH).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn over_kafka_mariadb_and_etcd_whatever_happens_to_either_redis_or_to_etcd_costs_nobody_an_order() {
+    let behind = Behind::start().await;
+    let centers = Centers::start(behind.options()).await;
+    // One after another on the same servers, which take long to start: each with a sale of its own.
+    break_either_redis(&centers, "phone", WIDTH_BEHIND).await;
+    lose_etcd(&centers, "tablet", WIDTH_BEHIND).await;
+}
+
+/// The whole of b dies and comes back; then both live and cannot reach each other.
+async fn lose_a_center_and_a_line(options: CentersOptions, behind: Option<&Behind>) {
+    let width = if behind.is_some() { WIDTH_BEHIND } else { WIDTH };
+    let mut centers = Centers::start(options).await;
     let [a, b] = BOTH.map(|which| centers.client(which));
     a.create_sale("phone", PLENTY, json!({})).await;
-    let crowd = Crowd::start(&centers, "phone", "u", WIDTH, PLENTY);
+    let crowd = Crowd::start(&centers, "phone", "u", width, PLENTY);
     crowd.until_more(200).await;
 
-    // The whole of b dies. After degrade_after a sells on, and the orders of b's users wait.
+    // The whole of b dies. After degrade_after a sells on; orders of a's users are stored, those of b's wait.
     let epoch = centers.epoch(Which::A).await;
     centers.kill_service(Which::B);
     centers.redis(Which::B).kill();
+    if let Some(behind) = behind {
+        behind.kill(Which::B);
+    }
     centers.until_degraded().await;
-    let waiting = user_of(Which::B, "waiting");
-    let order = a.buy_until_known("phone", &waiting, "k").await;
-    assert_eq!(order.status, 202, "{order:?}");
+    let mut orders = Vec::new();
+    for which in BOTH {
+        let uid = user_of(which, "meanwhile");
+        let answer = a.buy_until_known("phone", &uid, "k").await;
+        assert_eq!(answer.status, 202, "{answer:?}");
+        orders.push((uid, answer.body["order_id"].as_str().unwrap().to_owned()));
+    }
+    a.stored_order(&orders[0].0, &orders[0].1).await;
     crowd.until_more(200).await;
     let ready = centers.ready(Which::A).await;
     assert_eq!(ready["degraded"], true, "{ready}");
+    let report = audit(&centers, Which::A);
+    assert_eq!(report["verdict"], "incomplete", "{report:#}");
+    assert!(report["problems"].to_string().contains("center b"), "{report:#}");
 
-    // b is back: its orders arrive, and it confirms purchases again.
-    centers.redis(Which::B).restart().await.unwrap();
+    // b is back, its service before everything that it stands on: its orders arrive, and it confirms purchases again.
     centers.spawn(Which::B);
+    centers.redis(Which::B).restart().await.unwrap();
+    if let Some(behind) = behind {
+        behind.restart(Which::B).await;
+    }
     centers.until_serving(Which::B).await;
-    b.stored_order(&waiting, order.body["order_id"].as_str().unwrap()).await;
+    b.stored_order(&orders[1].0, &orders[1].1).await;
     let epoch = centers.until_in_sync(epoch).await;
     crowd.until_more(200).await;
 
@@ -66,28 +116,31 @@ async fn a_center_that_dies_and_a_line_that_is_cut_cost_nobody_an_order() {
 
     let heard = crowd.stop().await;
     println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
-    // The two who bought by themselves are no part of the crowd.
+    until_nobody_waits(&centers).await;
+    // Those who bought by themselves are no part of the crowd.
     assert_eq!(
         compare_books(&centers, Which::A, "phone", &heard.bought).await,
-        heard.bought.len() as u64 + 2
+        heard.bought.len() as u64 + orders.len() as u64 + 1
     );
+    if behind.is_some() {
+        until_no_lag(&centers).await;
+    }
     for client in [&a, &b] {
         ask_again(client, "phone", &heard.bought[..50]).await;
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_back() {
-    let centers = Centers::start(CentersOptions { etcd: true, ..CentersOptions::default() }).await;
+/// etcd is stopped for longer than the lease, and comes back.
+async fn lose_etcd(centers: &Centers, sale: &str, width: usize) {
     let etcd = centers.etcd.as_ref().unwrap();
     let clients = BOTH.map(|which| centers.client(which));
-    clients[1].create_sale("phone", PLENTY, json!({})).await;
-    let crowd = Crowd::start(&centers, "phone", "u", WIDTH, PLENTY);
+    clients[1].create_sale(sale, PLENTY, json!({})).await;
+    let crowd = Crowd::start(centers, sale, sale, width, PLENTY);
     crowd.until_more(200).await;
     let mut orders = Vec::new();
     for which in BOTH {
         let uid = user_of(which, "early");
-        let answer = centers.client(which).buy_until_known("phone", &uid, "k").await;
+        let answer = centers.client(which).buy_until_known(sale, &uid, "k").await;
         let order = answer.body["order_id"].as_str().unwrap().to_owned();
         centers.client(which).stored_order(&uid, &order).await;
         orders.push((uid, order));
@@ -98,7 +151,7 @@ async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_ba
     for client in &clients {
         eventually("nobody sells", async || {
             let uid = format!("late-{}", meanwhile.len());
-            let answer = client.buy("phone", &uid, "k", 1).await?;
+            let answer = client.buy(sale, &uid, "k", 1).await?;
             meanwhile.push(uid);
             (answer.code() == "no_authority").then(|| assert_eq!(answer.body["executed"], "no", "{answer:?}"))
         })
@@ -107,7 +160,7 @@ async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_ba
     // What was on its way when the lease ended has its outcome by now: from here on nothing is sold.
     let sold = async || {
         let mut ledger = centers.ledger(Which::A).await;
-        let sale = "phone".parse().unwrap();
+        let sale = sale.parse().unwrap();
         seckill_ledger::read::sale(&mut ledger, &sale).await.unwrap().unwrap().accepted
     };
     let before = sold().await;
@@ -121,15 +174,15 @@ async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_ba
     for (client, (uid, order)) in clients.iter().zip(&orders) {
         let answer = client.user(Method::GET, &format!("/v1/orders/{order}"), uid, None).await;
         assert_eq!((answer.status, &answer.body["status"]), (200, &json!("created")), "{answer:?}");
-        assert_eq!(client.get("/v1/sales/phone").await.status, 200);
+        assert_eq!(client.get(&format!("/v1/sales/{sale}")).await.status, 200);
         assert_eq!(client.user(Method::GET, "/v1/route", uid, None).await.status, 200);
-        let mut answer = client.buy("phone", "nobody", "k", 1).await.unwrap();
+        let mut answer = client.buy(sale, "nobody", "k", 1).await.unwrap();
         // On a busy machine an attempt's way to the other center may take all of its time: nobody knows then.
         for _ in 0..5 {
             if answer.code() != "master_unreachable" {
                 break;
             }
-            answer = client.buy("phone", "nobody", "k", 1).await.unwrap();
+            answer = client.buy(sale, "nobody", "k", 1).await.unwrap();
         }
         assert_eq!((answer.status, answer.code()), (503, "no_authority"), "{answer:?}");
     }
@@ -141,21 +194,21 @@ async fn without_etcd_nobody_sells_everybody_reads_and_sales_go_on_when_it_is_ba
     etcd.restart().await.unwrap();
     // Whatever they heard, under the same key everybody gets one order.
     for (uid, client) in meanwhile.iter().zip(clients.iter().cycle()) {
-        assert_eq!(client.buy_until_known("phone", uid, "k").await.status, 202);
+        assert_eq!(client.buy_until_known(sale, uid, "k").await.status, 202);
     }
     crowd.until_more(100).await;
     let heard = crowd.stop().await;
     println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
+    until_nobody_waits(centers).await;
     let all = heard.bought.len() + meanwhile.len() + orders.len();
-    assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, all as u64);
+    assert_eq!(compare_books(centers, Which::A, sale, &heard.bought).await, all as u64);
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_happens_to_either_redis_nothing_acknowledged_is_missing() {
-    let centers = Centers::start(CentersOptions::default()).await;
+/// b's Redis comes back empty, a's is killed, b's stands still, a's loses the end of its log.
+async fn break_either_redis(centers: &Centers, sale: &str, width: usize) {
     let [a, b] = BOTH.map(|which| centers.client(which));
-    a.create_sale("phone", PLENTY, json!({})).await;
-    let crowd = Crowd::start(&centers, "phone", "u", WIDTH, PLENTY);
+    a.create_sale(sale, PLENTY, json!({})).await;
+    let crowd = Crowd::start(centers, sale, sale, width, PLENTY);
     crowd.until_more(100).await;
     let mut epoch = centers.epoch(Which::A).await;
 
@@ -203,12 +256,13 @@ async fn whatever_happens_to_either_redis_nothing_acknowledged_is_missing() {
 
     let heard = crowd.stop().await;
     println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
+    until_nobody_waits(centers).await;
     for which in BOTH {
         // Both hold the same; readers of either stored nothing that is not there.
-        assert_eq!(compare_books(&centers, which, "phone", &heard.bought).await, heard.bought.len() as u64);
+        assert_eq!(compare_books(centers, which, sale, &heard.bought).await, heard.bought.len() as u64);
     }
     for client in [&a, &b] {
-        ask_again(client, "phone", &heard.bought[..50]).await;
+        ask_again(client, sale, &heard.bought[..50]).await;
     }
 }
 
