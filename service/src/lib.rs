@@ -9,6 +9,7 @@ pub mod cli;
 pub mod config;
 pub mod cross_center;
 pub mod embedded;
+mod fail_point;
 pub mod http;
 pub mod inventory;
 pub mod orders;

@@ -12,7 +12,6 @@ pub(crate) mod centers;
 mod dead_letters;
 mod error;
 mod expiry;
-mod fail_point;
 mod kafka;
 mod keeper;
 mod metrics;

@@ -14,6 +14,7 @@ use seckill_ledger::{Fence, handover};
 use super::operation::{Refusal, Shared, ShiftError};
 use super::precheck::{Survey, connect};
 use super::record::{self, Aborted, Replaced};
+use crate::fail_point::fail_point;
 use crate::topology::{
     Check, CheckVerdict, Shift, ShiftKind, ShiftMode, ShiftPhase, ShiftState, Step, StepState, StoreError,
     Topology, UpdateError,
@@ -103,17 +104,24 @@ impl Coordinator {
         self.end(outcome).await;
     }
 
-    /// Goes on with a shift whose coordinator died. `since`: when it was first seen as it stood.
+    /// Goes on with a shift whose coordinator died. `since`: when it was first seen.
     pub(super) async fn recover(mut self, since: Instant) {
         self.since = since;
         self.shared.show(&self.shift);
         tracing::warn!(id = self.shift.id, phase = ?self.shift.phase, "a shift whose coordinator died is taken over");
+        fail_point("taken_over");
         if self.shift.kind == ShiftKind::Shards {
             let outcome = self.recover_shards().await;
             return self.end(outcome).await;
         }
         let recorded = self.shared.topology.current();
         let running = recorded.shift.as_ref().is_some_and(|shift| shift.id == self.shift.id);
+        if self.shift.phase == ShiftPhase::Decided {
+            // The change of the record that was the end of such a step is what shows this one here.
+            for step in self.shift.steps.iter_mut().filter(|step| step.state == StepState::Running) {
+                step.state = StepState::Done;
+            }
+        }
         let outcome = match (running, self.shift.phase) {
             (false, _) => self.verify(None).await,
             (true, ShiftPhase::Begun) => Err(Stop::Abort("its coordinator died".to_owned())),
@@ -178,6 +186,7 @@ impl Coordinator {
 
     /// Everything as before, at a new epoch (H1). Asked until it is known what became of it.
     async fn abort(&mut self, reason: &str) -> Result<Aborted, Stop> {
+        fail_point("giving_up");
         if let Some(step) = self.shift.steps.iter().rposition(|step| step.state == StepState::Running) {
             self.finish_step(step, StepState::Failed, Some(reason.to_owned()), Vec::new());
         }
@@ -203,6 +212,7 @@ impl Coordinator {
         let change = self.change(None, move |topology, held| record::abort(topology, held, &why));
         let (aborted, ()) = tokio::join!(change, resumed);
         let aborted = aborted?;
+        fail_point("given_up");
         if let Aborted::Yes(shift) = &aborted {
             self.shared.show(shift);
             tracing::warn!(id = shift.id, reason, "the shift was given up; everything stays where it was");
@@ -297,14 +307,15 @@ impl Coordinator {
         detail: Option<String>,
         checks: Vec<Check>,
     ) {
-        let took = self.begun.remove(&step).map_or(Duration::ZERO, |begun| begun.elapsed());
+        // Not known of a step that somebody else began.
+        let took = self.begun.remove(&step).map(|begun| begun.elapsed());
         if let Some(step) = self.shift.steps.get_mut(step) {
             step.state = state;
-            step.took_ms = Some(u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
+            step.took_ms = took.map(|took| u64::try_from(took.as_millis()).unwrap_or(u64::MAX));
             step.detail = detail;
             step.checks = checks;
             tracing::info!(
-                id = self.shift.id, step = step.name, took_us = took.as_micros(), state = ?step.state,
+                id = self.shift.id, step = step.name, took_us = took.map(|took| took.as_micros()), state = ?step.state,
                 detail = step.detail, "a step of the shift"
             );
         }
@@ -319,9 +330,11 @@ impl Coordinator {
         if dies { Err(Stop::Died) } else { Ok(()) }
     }
 
+    /// A place where a test of the whole service lets it die.
     #[cfg(not(test))]
     #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "as in tests")]
-    pub(super) fn passes(&self, _at: &'static str) -> Result<(), Stop> {
+    pub(super) fn passes(&self, at: &'static str) -> Result<(), Stop> {
+        fail_point(at);
         Ok(())
     }
 }

@@ -22,6 +22,7 @@ use super::coordinator::{Coordinator, PAUSE_MS, PHASE_MAX, Stop};
 use super::peers::split;
 use super::precheck::connect;
 use super::record;
+use crate::fail_point::fail_point;
 use crate::topology::{ShiftMode, ShiftPhase, StepState};
 
 /// How often the target is asked whether it has everything. It usually has, when the old master's answer arrives.
@@ -137,6 +138,7 @@ impl Coordinator {
         self.target = connect(&shared, &topology, &self.shift.to).await.ok();
         // It has what counts; the rest only saves the copy.
         let _ = self.catch_up(offset, Instant::now() + HOLD_MAX).await;
+        fail_point("held_again");
     }
 
     /// What follows once a shift is decided, whoever decided it: the target becomes the master, the topology says so,
@@ -233,6 +235,7 @@ impl Coordinator {
         let step = self.begin_step("redirect");
         let source = self.source.take().filter(|_| promoted.is_some());
         let attach = self.shared.tracker.spawn(self.attach(source));
+        self.passes("redirecting")?;
         self.shift.held_ms = Some(self.held_ms());
         let (partition, run_id) = (self.shared.options.partition, promoted.map(str::to_owned));
         self.change(None, move |topology, held| {
@@ -263,7 +266,10 @@ impl Coordinator {
             let (host, port) = split(&address).map_err(|error| error.to_string())?;
             let follow = handover::follow(&mut source, host, port, access.account(), ping_s);
             match tokio::time::timeout(ATTACH_MAX, follow).await {
-                Ok(Ok(true)) => Ok(()),
+                Ok(Ok(true)) => {
+                    fail_point("attached");
+                    Ok(())
+                }
                 Ok(Ok(false)) => Err("its fence changed meanwhile".to_owned()),
                 Ok(Err(error)) => Err(error.to_string()),
                 Err(_) => Err("it did not answer in time".to_owned()),

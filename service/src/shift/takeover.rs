@@ -30,9 +30,10 @@ pub(super) async fn watch(shared: Arc<Shared>) {
     }
 }
 
-/// A shift as it stands, and since when this service has seen it like that, on its own clock.
+/// A shift as it stands.
 struct Watched {
     shift: Shift,
+    /// Since when this service has seen it, on its own clock.
     since: Instant,
     /// How long its coordinator has for this part of it.
     within: Duration,
@@ -41,25 +42,14 @@ struct Watched {
 
 async fn watch_once(shared: &Arc<Shared>) {
     let mut changes = shared.topology.subscribe();
-    let mut watched: Option<Watched> = None;
+    let mut watched: Vec<Watched> = Vec::new();
     loop {
         let topology = changes.borrow_and_update().clone();
-        watched = match (unfinished(&topology), watched) {
-            (None, _) => None,
-            (Some((shift, within)), Some(before))
-                if same(shift, &before.shift) && within == before.within =>
-            {
-                Some(before)
-            }
-            (Some((shift, within)), _) => {
-                let since = Instant::now();
-                let jitter = Duration::from_millis(rand::random_range(0..=JITTER_MS));
-                Some(Watched { shift: shift.clone(), since, within, deadline: since + within + jitter })
-            }
-        };
+        watched = look(&topology, watched);
+        let next = watched.iter().map(|one| one.deadline).min();
         let due = async {
-            match &watched {
-                Some(watched) => tokio::time::sleep_until(watched.deadline.into()).await,
+            match next {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
                 None => std::future::pending().await,
             }
         };
@@ -73,26 +63,49 @@ async fn watch_once(shared: &Arc<Shared>) {
             }
             () = due => {}
         }
-        let Some(late) = &mut watched else { continue };
-        match take(shared, &late.shift).await {
-            Ok(coordinator) => {
-                let since = late.since;
-                shared.tracker.spawn(coordinator.recover(since));
-                watched = None;
+        let mut left = Vec::with_capacity(watched.len());
+        for mut late in watched {
+            if late.deadline > Instant::now() {
+                left.push(late);
+                continue;
             }
-            // Somebody was faster, or the coordinator lives; the next change shows it.
-            Err(_) => late.deadline = Instant::now() + RETRY,
+            match take(shared, &late.shift).await {
+                Ok(coordinator) => drop(shared.tracker.spawn(coordinator.recover(late.since))),
+                // Somebody was faster, or the coordinator lives; the next change shows it.
+                Err(_) => {
+                    late.deadline = Instant::now() + RETRY;
+                    left.push(late);
+                }
+            }
         }
+        watched = left;
     }
 }
 
-/// The shift that somebody has to bring to its end, and how long its coordinator has for it.
-fn unfinished(topology: &Topology) -> Option<(&Shift, Duration)> {
-    if let Some(running) = topology.shift.as_deref() {
-        return Some((running, Duration::from_millis(running.freeze_ms)));
-    }
-    let last = topology.history.iter().rev().find(|shift| shift.kind == ShiftKind::Master)?;
-    (!last.state.is_over()).then_some((last, VERIFY_WITHIN))
+/// The shifts that have to be watched from now on. One that has not changed keeps its deadline, whatever else happens.
+fn look(topology: &Topology, before: Vec<Watched>) -> Vec<Watched> {
+    let watch = |(shift, within): (&Shift, Duration)| {
+        let known = before.iter().find(|known| known.shift.id == shift.id);
+        let since = known.map_or_else(Instant::now, |known| known.since);
+        let deadline = match known {
+            Some(known) if same(shift, &known.shift) && within == known.within => known.deadline,
+            Some(_) | None => {
+                Instant::now() + within + Duration::from_millis(rand::random_range(0..=JITTER_MS))
+            }
+        };
+        Watched { shift: shift.clone(), since, within, deadline }
+    };
+    unfinished(topology).map(watch).collect()
+}
+
+/// The shifts that somebody has to bring to their end, and how long their coordinators have for that: the one that runs,
+/// first, and those that happened and were not verified. The history bounds them.
+fn unfinished(topology: &Topology) -> impl Iterator<Item = (&Shift, Duration)> {
+    let running = topology.shift.as_deref();
+    let running = running.map(|shift| (shift, Duration::from_millis(shift.freeze_ms)));
+    let unverified = topology.history.iter().rev();
+    let unverified = unverified.filter(|shift| shift.kind == ShiftKind::Master && !shift.state.is_over());
+    running.into_iter().chain(unverified.map(|shift| (shift, VERIFY_WITHIN)))
 }
 
 fn same(shift: &Shift, before: &Shift) -> bool {

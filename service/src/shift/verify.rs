@@ -9,7 +9,7 @@ use super::coordinator::{Coordinator, Stop, passed};
 use super::ledger::LedgerError;
 use super::precheck::{Checks, connect, verdict};
 use super::record;
-use crate::topology::{Check, CheckVerdict, ShiftMode, ShiftState, StepState};
+use crate::topology::{Check, CheckVerdict, ShiftKind, ShiftMode, ShiftState, StepState};
 
 /// How long the old master may take to be attached.
 const ATTACHED_WITHIN: Duration = Duration::from_secs(5);
@@ -23,9 +23,17 @@ impl Coordinator {
     /// could not be made the master.
     pub(super) async fn verify(&mut self, unpromoted: Option<String>) -> Result<(), Stop> {
         let step = self.begin_step("verify");
+        if let Some(next) = self.successor() {
+            return self.conclude_superseded(step, &next).await;
+        }
         let (checks, silent) = self.compare().await;
         let unpromoted = unpromoted.or(silent);
         let passed = passed(&checks) && unpromoted.is_none();
+        self.passes("verified")?;
+        // What did not fit may be the next shift's work.
+        if let Some(next) = self.successor().filter(|_| !passed) {
+            return self.conclude_superseded(step, &next).await;
+        }
         let state = if passed { StepState::Done } else { StepState::Failed };
         self.finish_step(step, state, None, checks);
         let (from, to) = (&self.shift.from, &self.shift.to);
@@ -46,9 +54,37 @@ impl Coordinator {
         });
         self.shift.state = if passed { ShiftState::Done } else { ShiftState::Failed };
         self.shift.ended_at = Some(record::now());
-        let concluded = self.change(None, record::conclude).await;
+        self.conclude().await
+    }
+
+    async fn conclude(&mut self) -> Result<(), Stop> {
+        self.change(None, record::conclude).await?;
         self.shared.show(&self.shift);
-        concluded
+        self.passes("concluded")
+    }
+
+    /// The shift of the master that began after this one happened, if its coordinator died and nobody verified it before
+    /// the next was asked for.
+    fn successor(&self) -> Option<String> {
+        let topology = self.shared.topology.current();
+        let later = topology.shift.as_deref().into_iter().chain(&topology.history);
+        let next = later.into_iter().find(|shift| {
+            shift.kind == ShiftKind::Master
+                && shift.epoch > self.shift.epoch
+                && shift.state != ShiftState::Aborted
+        });
+        next.map(|shift| shift.id.clone())
+    }
+
+    /// The servers show what the next shift made of them, and nothing about this one: it happened, and that is said.
+    async fn conclude_superseded(&mut self, step: usize, next: &str) -> Result<(), Stop> {
+        self.finish_step(step, StepState::Done, Some(format!("not looked at: {next} followed")), Vec::new());
+        let to = &self.shift.to;
+        self.shift.message =
+            Some(format!("center {to} became the master; {next} followed before that was verified"));
+        self.shift.state = ShiftState::Done;
+        self.shift.ended_at = Some(record::now());
+        self.conclude().await
     }
 
     /// The comparisons, and why the target's server does not answer them.

@@ -312,9 +312,12 @@ async fn the_service_dies_between_any_two_steps_and_every_order_is_stored_once()
     client.create_sale("s", 1_000_000, json!({})).await;
     let crowd = Crowd::start(&[client], "s");
     crowd.wait_for(100).await;
-    for place in ["stored:1", "stored:3", "acknowledged:1", "acknowledged:4"] {
+    let folder = tempfile::tempdir().unwrap();
+    let fail_point = folder.path().join("fail-point");
+    for place in ["stored 1", "stored 3", "acknowledged 1", "acknowledged 4"] {
         service.kill();
-        service.spawn(&[("SECKILL_FAIL_POINT", place)]);
+        std::fs::write(&fail_point, format!("{place} kill")).unwrap();
+        service.spawn(&[("SECKILL_FAIL_POINT", fail_point.to_str().unwrap())]);
         let status = eventually("it dies in that place", async || service.ended()).await;
         assert_eq!(status.signal(), Some(9), "{place}: {status}\n{}", service.log());
         service.start(&[]).await;

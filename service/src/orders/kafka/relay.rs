@@ -23,7 +23,7 @@ use super::metrics::{CenterLabel, KafkaMetrics};
 use super::progress::Progress;
 use super::record::{Outgoing, Writer};
 use super::topics::{TopicError, Topics};
-use crate::orders::fail_point::fail_point;
+use crate::fail_point::fail_point;
 use crate::orders::reading::{NoPage, Source};
 use crate::orders::workers::{Link, Streak, pause};
 use crate::topology::Topology;

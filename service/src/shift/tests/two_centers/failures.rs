@@ -218,3 +218,23 @@ async fn either_redis_may_restart_after_a_shift() {
         assert_eq!(pair.topology().master.as_str(), "b");
     }
 }
+
+// The next shift neither hides one that nobody verified nor makes it look failed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shift_that_nobody_verified_before_the_next_one_is_told_as_done() {
+    let pair = Pair::in_sync().await;
+    pair.at("b", "redirected", || true);
+    let first = pair.shifts("b").start(to("b"), "ops").await.unwrap();
+    pair.until_master("b", first.epoch).await;
+    // Refused until a follows b.
+    let back = eventually("the way back", async || pair.shifts("a").start(to("a"), "ops").await.ok()).await;
+    let back = pair.until_over(&back.id).await;
+    done(&back);
+    assert!(!pair.topology().find_shift(&first.id).unwrap().state.is_over());
+    let first = pair.until_over(&first.id).await;
+    done(&first);
+    assert_eq!(first.coordinator.term, 1);
+    let message = first.message.as_ref().unwrap();
+    assert!(message.contains(&back.id), "{message}");
+    assert_eq!(pair.topology().master.as_str(), "a");
+}
