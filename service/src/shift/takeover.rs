@@ -45,7 +45,7 @@ async fn watch_once(shared: &Arc<Shared>) {
     let mut watched: Vec<Watched> = Vec::new();
     loop {
         let topology = changes.borrow_and_update().clone();
-        watched = look(&topology, watched);
+        watched = look(&topology, &watched);
         let next = watched.iter().map(|one| one.deadline).min();
         let due = async {
             match next {
@@ -83,7 +83,7 @@ async fn watch_once(shared: &Arc<Shared>) {
 }
 
 /// The shifts that have to be watched from now on. One that has not changed keeps its deadline, whatever else happens.
-fn look(topology: &Topology, before: Vec<Watched>) -> Vec<Watched> {
+fn look(topology: &Topology, before: &[Watched]) -> Vec<Watched> {
     let watch = |(shift, within): (&Shift, Duration)| {
         let known = before.iter().find(|known| known.shift.id == shift.id);
         let since = known.map_or_else(Instant::now, |known| known.since);
