@@ -434,6 +434,7 @@ impl Guardian {
             _ => 0,
         };
         self.authority.admit(self.options.partition, fence.clone(), &run_id, replicas);
+        self.replicas.begin(&fence);
         self.state = State::Admitted { text: fence.to_string(), fence, run_id, seq };
         self.said = None;
         self.retry = None;

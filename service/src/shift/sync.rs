@@ -40,7 +40,9 @@ const UNKNOWN_AFTER: Duration = Duration::from_secs(3);
 pub(super) struct Replicas {
     /// How many the authority was told of.
     told: Option<usize>,
-    /// Since when a replica that is in sync is not well.
+    /// The fence at which the server was put into use last.
+    fence: Option<Fence>,
+    /// Since when, at that fence, a replica that is in sync is not well.
     lost: BTreeMap<CenterId, Instant>,
     /// Since when one is attached that no center knows, and whether that was said.
     unknown: Option<(Instant, bool)>,
@@ -56,6 +58,15 @@ impl Replicas {
     /// The authority has to be told anew.
     pub(super) fn forget_told(&mut self) {
         self.told = None;
+    }
+
+    /// The server is in use at this fence. What was wrong with a replica in another epoch, perhaps when this center was
+    /// the master the last time, says nothing of how long it has been lost now.
+    pub(super) fn begin(&mut self, fence: &Fence) {
+        if self.fence.as_ref() != Some(fence) {
+            self.lost.clear();
+            self.fence = Some(fence.clone());
+        }
     }
 }
 
