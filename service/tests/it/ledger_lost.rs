@@ -45,10 +45,14 @@ async fn sales_stop_with_advice(up: &Up, client: &Client, sale: &str) {
     })
     .await;
     assert_eq!((answer.status, answer.body["executed"].as_str()), (503, Some("no")), "{}", answer.body);
-    let ready = client.admin(hyper::Method::GET, "/readyz", &[], None).await;
-    assert_eq!(ready.status, 200, "reads go on");
-    assert!(ready.body.to_string().contains("seckill ledger adopt"), "{}", ready.body);
-    assert!(up.log().contains("seckill ledger adopt"), "{}", up.log());
+    // The lanes and the guardian notice by themselves, and what is printed comes here a moment later.
+    eventually("readiness says what to do, while reads go on", async || {
+        let ready = client.admin(hyper::Method::GET, "/readyz", &[], None).await;
+        (ready.status == 200 && ready.body.to_string().contains("seckill ledger adopt")).then_some(())
+    })
+    .await;
+    eventually("the log says what to do", async || up.log().contains("seckill ledger adopt").then_some(()))
+        .await;
 }
 
 /// Puts other files in the place of the ledger's, with its server killed meanwhile.
