@@ -1,6 +1,8 @@
 #!lua flags=allow-oom
--- After a ledger was adopted that does not know them: claims the units of stored orders of one sale again
--- where stock and limit allow. The order keeps its id.
+-- After a ledger was adopted that does not know them, or a shift lost them: claims the units of stored orders of one
+-- sale again where stock and limit allow. The order keeps its id, and its key where that is known: whoever bought
+-- again under the key has another order by now, and gets no second one. An order under the key whose units were given
+-- back is what the key is answered with; then the claim is made without one.
 --
 -- KEYS  1 fence  2 clock  3 seq  4 outbox  5 touched  6 sale  7 claims of the sale
 -- ARGV  1 fence of the caller  2 sale id  3 epoch of the caller
@@ -8,12 +10,14 @@
 --         quantity (3), state 0 (1), sequence (5)
 --       5… the uid of each order
 -- Reply {'OK', codes}; codes: a letter for each order
---         C claimed again   H held already   L above the limit   S not enough left   N no such sale
+--         C claimed again   H held already   K another order is held under the key
+--         L above the limit   S not enough left   N no such sale
 --       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
 --@include fence
 
 local FIRST = 5 -- index of the first order's uid in ARGV
 local CLAIM_BYTES = 29
+local NO_KEY = string.rep('\0', 16)
 
 local state_of = redis.call('MGET', KEYS[1], KEYS[2], KEYS[3])
 if state_of[1] ~= ARGV[1] then
@@ -23,7 +27,7 @@ local last = tonumber(state_of[3])
 if not last then
   return damaged('the ledger has a fence but no sequence')
 end
-local sale = redis.call('HMGET', KEYS[6], 'state', 'remaining', 'claimed', 'accepted', 'limit')
+local sale = redis.call('HMGET', KEYS[6], 'state', 'remaining', 'claimed', 'accepted', 'limit', 'reclaimed')
 local missing = not sale[1] or sale[1] == 'archived'
 for i = 2, missing and 0 or 5 do
   if not tonumber(sale[i]) then
@@ -42,6 +46,7 @@ for i = 1, entries do
   local uid, claim = ARGV[FIRST + i - 1], sub(ARGV[4], CLAIM_BYTES * (i - 1) + 1, CLAIM_BYTES * i)
   local claims = latest[uid] or before[i] or ''
   local quantity = struct.unpack('>I3', claim, 21)
+  local key = sub(claim, 1, 16)
   local code
   local held = 0
   for at = 1, #claims, CLAIM_BYTES do
@@ -49,14 +54,22 @@ for i = 1, entries do
       code = 'H'
       break
     end
-    if string.byte(claims, at + 23) == 0 then
+    local is_held = string.byte(claims, at + 23) == 0
+    if is_held then
       held = held + struct.unpack('>I3', claims, at + 20)
+    end
+    if key ~= NO_KEY and sub(claims, at, at + 15) == key then
+      if is_held then
+        code = 'K' -- unless this very order follows
+      else
+        claim = NO_KEY .. sub(claim, 17)
+      end
     end
   end
   if missing then
     code = 'N'
   elseif code then
-    -- the ledger knows this order
+    -- the ledger knows this order, or another one of this key
   elseif held + quantity > limit then
     code = 'L'
   elseif remaining < quantity then
@@ -81,7 +94,8 @@ if orders > 0 then
   redis.call('XADD', KEYS[4], ARGV[3] .. '-' .. seq,
     'v', '1', 'k', 'reclaimed', 's', ARGV[2], 'a', now, 'o', orders)
   redis.call('HSET', KEYS[7], unpack(writes))
-  redis.call('HSET', KEYS[6], 'remaining', remaining, 'claimed', sale[3] + units, 'accepted', sale[4] + orders)
+  redis.call('HSET', KEYS[6], 'remaining', remaining, 'claimed', sale[3] + units, 'accepted', sale[4] + orders,
+    'reclaimed', (tonumber(sale[6]) or 0) + orders)
   redis.call('MSET', KEYS[2], now, KEYS[3], seq)
 end
 return {'OK', table.concat(codes)}

@@ -140,6 +140,8 @@ pub struct ReclaimEntry {
     pub uid: Uid,
     /// How many units.
     pub quantity: Quantity,
+    /// Digest of the key that it was bought under; zeros if that is not known.
+    pub key: KeyDigest,
 }
 
 /// What became of one order that was to be claimed again.
@@ -149,6 +151,8 @@ pub enum ReclaimOutcome {
     Claimed,
     /// The ledger knows the order.
     Held,
+    /// The user holds another order that was bought under the same key.
+    OtherOrder,
     /// The user would be above the limit.
     Limit,
     /// Not enough is left.
@@ -157,9 +161,8 @@ pub enum ReclaimOutcome {
     NoSale,
 }
 
-/// Claims units of stored orders again (at most [`MAX_BATCH`], all of one sale), under the orders' own ids. The
-/// keys they were bought under are not known any more, so a client that still retries may buy again if the
-/// limit allows.
+/// Claims units of stored orders again (at most [`MAX_BATCH`], all of one sale), under the orders' own ids. Where the
+/// key that one was bought under is not known any more, a client that still retries may buy again if the limit allows.
 pub async fn reclaim(
     conn: &mut impl ConnectionLike,
     fence: &Fence,
@@ -181,7 +184,7 @@ pub async fn reclaim(
         .arg(fence.epoch.0);
     let mut claims = Vec::with_capacity(entries.len() * 29);
     for entry in entries {
-        let head = claim_head(&KeyDigest::default(), entry.order_id.head(), entry.quantity);
+        let head = claim_head(&entry.key, entry.order_id.head(), entry.quantity);
         claims.extend_from_slice(&head);
         claims.extend_from_slice(&entry.order_id.seq().to_be_bytes()[3..]);
     }
@@ -193,12 +196,16 @@ pub async fn reclaim(
     if reply.code != "OK" {
         return Err(reply.unknown());
     }
-    reply
-        .bytes()?
+    let codes = reply.bytes()?;
+    if codes.len() != entries.len() {
+        return Err(Error::Malformed(format!("{} outcomes for {} claims", codes.len(), entries.len())));
+    }
+    codes
         .into_iter()
         .map(|code| match code {
             b'C' => Ok(ReclaimOutcome::Claimed),
             b'H' => Ok(ReclaimOutcome::Held),
+            b'K' => Ok(ReclaimOutcome::OtherOrder),
             b'L' => Ok(ReclaimOutcome::Limit),
             b'S' => Ok(ReclaimOutcome::NotEnough),
             b'N' => Ok(ReclaimOutcome::NoSale),

@@ -7,7 +7,7 @@
 //! | `sk:seq` | string | sequence of the last outbox entry; order ids and outbox ids take their numbers from it |
 //! | `sk:outbox` | stream | ids `epoch-sequence` (F4); every change of the ledger is an entry, see [`crate::outbox`] |
 //! | `sk:touched` | sorted set | sale id by the sequence of its last change, for incremental snapshots |
-//! | `sk:s:SALE` | hash | `state digest def terms total remaining claimed released accepted starts ends limit version revision created` |
+//! | `sk:s:SALE` | hash | `state digest def terms total remaining claimed released accepted starts ends limit version revision created`, and `reclaimed` once there is any |
 //! | `sk:c:SALE` | hash | user → claims, 29 bytes each: key digest 16, order id head 4, quantity 3, state 1 (0 held, 1 released), sequence 5 |
 //! | `sk:cursors` | hash | destination → `epoch-sequence shards`: how far the relay has come, see [`crate::Cursor`] |
 //! | `sk:k:SALE` | hash | digest of a stock change's key → `delta total remaining version` as answered |

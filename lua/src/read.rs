@@ -28,8 +28,10 @@ pub struct Sale {
     pub claimed: u64,
     /// Units that were given back, ever.
     pub released: u64,
-    /// Purchases accepted, ever.
+    /// Purchases accepted, ever; orders that were claimed again among them.
     pub accepted: u64,
+    /// Orders that were claimed again, ever.
+    pub reclaimed: u64,
     /// Grows with every change that the shop makes.
     pub version: u64,
     /// Grows with every return of stock.
@@ -155,6 +157,8 @@ fn parse_sale(value: Value, touched: u64) -> Result<Sale, Error> {
         claimed: count("claimed")?,
         released: count("released")?,
         accepted: count("accepted")?,
+        // Absent until the first time, and in sales of earlier releases.
+        reclaimed: if fields.contains_key("reclaimed") { count("reclaimed")? } else { 0 },
         version: count("version")?,
         revision: count("revision")?,
         touched,

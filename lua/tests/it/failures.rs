@@ -47,6 +47,7 @@ async fn a_key_of_the_wrong_type_stops_a_call_before_anything_counts() {
             order_id: "1000000010000000077".parse().unwrap(),
             uid: crate::support::uid("amy"),
             quantity: seckill_domain::Quantity::ONE,
+            key: Default::default(),
         };
         let conn = &mut ledger.conn;
         let answers = [

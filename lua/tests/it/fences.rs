@@ -33,8 +33,12 @@ async fn every_write(
     let give_back = [ReleaseEntry { order_id: order, uid: uid("bob") }];
     let center_b = seckill_domain::CenterId::new("b").unwrap();
     let cursor = Cursor { id: OutboxId { epoch: 1, seq: 1 }, shards: ShardSet::default() };
-    let take_again =
-        [ReclaimEntry { order_id: order, uid: uid("bob"), quantity: seckill_domain::Quantity::ONE }];
+    let take_again = [ReclaimEntry {
+        order_id: order,
+        uid: uid("bob"),
+        quantity: seckill_domain::Quantity::ONE,
+        key: Default::default(),
+    }];
     vec![
         ("reserve", reserve(conn, fence, 0, sale, &[entry("bob", "k9", 1)]).await.unwrap_err()),
         ("release", release(conn, fence, sale, &give_back).await.unwrap_err()),

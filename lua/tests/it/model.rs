@@ -53,6 +53,7 @@ struct MSale {
     remaining: u64,
     released: u64,
     accepted: u64,
+    reclaimed: u64,
     version: u64,
     revision: u64,
     touched: u64,
@@ -77,6 +78,12 @@ impl MSale {
 
     fn find(&self, user: &Uid, order: OrderId) -> Option<&MClaim> {
         self.claims.get(user)?.iter().find(|claim| claim.order == order)
+    }
+
+    /// The claims and tombstones of a user under a key that is known.
+    fn under(&self, user: &Uid, key: &[u8; 16]) -> impl Iterator<Item = &MClaim> {
+        let claims = self.claims.get(user).into_iter().flatten();
+        claims.filter(move |claim| claim.key != [0; 16] && claim.key == *key)
     }
 
     fn is_over(&self, now: i64) -> bool {
@@ -216,6 +223,11 @@ impl Model {
                 if sale.find(&entry.uid, entry.order_id).is_some() {
                     return ReclaimOutcome::Held;
                 }
+                if sale.under(&entry.uid, &entry.key).any(|claim| !claim.released) {
+                    return ReclaimOutcome::OtherOrder;
+                }
+                // What the key is answered with stays what it is.
+                let key = if sale.under(&entry.uid, &entry.key).count() > 0 { [0; 16] } else { entry.key };
                 if sale.held(&entry.uid) + quantity > sale.limit {
                     return ReclaimOutcome::Limit;
                 }
@@ -224,8 +236,9 @@ impl Model {
                 }
                 sale.remaining -= quantity;
                 sale.accepted += 1;
+                sale.reclaimed += 1;
                 orders += 1;
-                let claim = MClaim { key: [0; 16], order: entry.order_id, quantity, released: false };
+                let claim = MClaim { key, order: entry.order_id, quantity, released: false };
                 sale.claims.entry(entry.uid.clone()).or_default().push(claim);
                 ReclaimOutcome::Claimed
             })
@@ -269,6 +282,7 @@ impl Model {
                 remaining: sale.quantity,
                 released: 0,
                 accepted: 0,
+                reclaimed: 0,
                 version: 1,
                 revision: 0,
                 touched,
@@ -515,7 +529,11 @@ impl History {
         let entries: Vec<ReclaimEntry> = (0..self.rng.random_range(1..6))
             .map(|_| {
                 let (uid, order_id, quantity) = self.some_order(&sale);
-                ReclaimEntry { order_id, uid, quantity }
+                let key = match self.rng.random_range(0..3) {
+                    0 => Default::default(),
+                    _ => key(&format!("k{}", self.rng.random_range(0..8))),
+                };
+                ReclaimEntry { order_id, uid, quantity, key }
             })
             .collect();
         let outcomes = reclaim(&mut self.conn, &self.model.fence, &sale, &entries).await.unwrap();
@@ -668,6 +686,7 @@ impl History {
             assert_eq!(row.ends_at.map(|at| at.0), sale.ends);
             assert_eq!((row.total, row.remaining), (sale.total, sale.remaining));
             assert_eq!((row.released, row.accepted), (sale.released, sale.accepted));
+            assert_eq!(row.reclaimed, sale.reclaimed);
             assert_eq!((row.version, row.revision, row.touched), (sale.version, sale.revision, sale.touched));
             assert_eq!(row.total, row.remaining + row.claimed, "{id}: total = remaining + claimed");
             if sale.state != LedgerState::Archived {

@@ -287,9 +287,15 @@ async fn stored_orders_are_claimed_again_where_stock_and_limit_allow() {
             order_id: OrderId::from_parts(head, seq).unwrap(),
             uid: uid(user),
             quantity: Quantity::new(units).unwrap(),
+            key: Default::default(),
         }
     };
-    let stored = |user: &str, order_id| ReclaimEntry { order_id, uid: uid(user), quantity: Quantity::ONE };
+    let stored = |user: &str, order_id| ReclaimEntry {
+        order_id,
+        uid: uid(user),
+        quantity: Quantity::ONE,
+        key: Default::default(),
+    };
     let entries = [
         stored("bob", held),
         stored("eve", given_back),
@@ -305,6 +311,7 @@ async fn stored_orders_are_claimed_again_where_stock_and_limit_allow() {
     assert_eq!(outcomes, [Held, Held, Claimed, Held, Limit, Claimed, NotEnough, Claimed]);
     let row = ledger.row(&sale).await;
     assert_eq!((row.total, row.remaining, row.claimed, row.accepted), (5, 0, 5, 5));
+    assert_eq!(row.reclaimed, 3);
     let before = ledger.dump().await;
     let outcomes = reclaim(&mut ledger.conn, &ledger.fence, &sale, &entries[..4]).await.unwrap();
     assert_eq!(outcomes, [Held; 4]);
@@ -314,4 +321,37 @@ async fn stored_orders_are_claimed_again_where_stock_and_limit_allow() {
     // They are claims like any other.
     assert_eq!(ledger.release(&sale, &[("amy", entries[5].order_id)]).await, [ReleaseOutcome::Released]);
     assert_eq!(ledger.row(&sale).await.remaining, 2);
+}
+
+// H6: one order for each key, also when the ledger that knew of the first one is gone.
+#[tokio::test]
+async fn an_order_is_claimed_again_under_its_key_unless_its_buyer_holds_another_one_under_it() {
+    let mut ledger = Ledger::start().await;
+    let sale = ledger.sale("s", 9, 5).await;
+    let lost = |user: &str, seq, under: &str| {
+        let head = OrderId::head_of(CenterNumber::new(1).unwrap(), uid(user).table(), 0, Epoch(77));
+        let order_id = OrderId::from_parts(head, seq).unwrap();
+        ReclaimEntry { order_id, uid: uid(user), quantity: Quantity::ONE, key: key(under) }
+    };
+    use ReclaimOutcome::{Claimed, Held, OtherOrder};
+    let retried = ledger.order(&sale, "bob", "k").await;
+    let again = ledger.order(&sale, "eve", "k").await;
+    ledger.release(&sale, &[("eve", again)]).await;
+    let entries = [lost("amy", 5, "k"), lost("bob", 6, "k"), lost("eve", 7, "k"), lost("amy", 8, "k")];
+    let outcomes = reclaim(&mut ledger.conn, &ledger.fence, &sale, &entries).await.unwrap();
+    assert_eq!(outcomes, [Claimed, OtherOrder, Claimed, OtherOrder]);
+    let row = ledger.row(&sale).await;
+    assert_eq!((row.remaining, row.claimed, row.accepted, row.reclaimed), (6, 3, 4, 2));
+    // Each key is answered with the order that it was answered with before.
+    assert_eq!(ledger.buy(&sale, "amy", "k", 1).await, ReserveOutcome::Replay(entries[0].order_id));
+    assert_eq!(ledger.buy(&sale, "bob", "k", 1).await, ReserveOutcome::Replay(retried));
+    assert_eq!(ledger.buy(&sale, "eve", "k", 1).await, ReserveOutcome::Replay(again));
+    let before = ledger.dump().await;
+    let outcomes = reclaim(&mut ledger.conn, &ledger.fence, &sale, &entries).await.unwrap();
+    assert_eq!(outcomes, [Held, OtherOrder, Held, OtherOrder]);
+    assert_eq!(ledger.dump().await, before);
+    // Once the other one is given back, there is one for the key again.
+    ledger.release(&sale, &[("bob", retried)]).await;
+    let outcomes = reclaim(&mut ledger.conn, &ledger.fence, &sale, &entries[1..2]).await.unwrap();
+    assert_eq!(outcomes, [Claimed]);
 }

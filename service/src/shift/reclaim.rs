@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 
 use redis::aio::MultiplexedConnection;
-use seckill_domain::{Epoch, LedgerState, OrderId, OrderStatus, Quantity, SaleId, Uid};
+use seckill_domain::{Epoch, KeyDigest, LedgerState, OrderId, OrderStatus, Quantity, SaleId, Uid};
 use seckill_ledger::admin::{FenceChange, ReclaimEntry, ReclaimOutcome, reclaim};
 use seckill_ledger::{Fence, InvalidFence, MAX_BATCH, ReleaseEntry, ReleaseOutcome, read, release};
 use serde::Serialize;
@@ -60,7 +60,7 @@ pub struct PaidWithoutClaim {
     pub sale_id: SaleId,
     /// How many units.
     pub quantity: Quantity,
-    /// `limit`, `not_enough` or `no_sale`.
+    /// `limit`, `not_enough`, `no_sale`, or `other_order`: another order was bought under the same key.
     pub reason: &'static str,
 }
 
@@ -163,6 +163,8 @@ async fn put_right(
                     order_id: order.order.order_id,
                     uid: order.uid,
                     quantity: order.order.quantity,
+                    // Order tables do not have it.
+                    key: KeyDigest::default(),
                 })
                 .collect();
             for batch in open.chunks(MAX_BATCH) {
@@ -192,6 +194,7 @@ async fn settle(
                 report.held += 1;
                 continue;
             }
+            ReclaimOutcome::OtherOrder => "other_order",
             ReclaimOutcome::Limit => "limit",
             ReclaimOutcome::NotEnough => "not_enough",
             ReclaimOutcome::NoSale => "no_sale",
