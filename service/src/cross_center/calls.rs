@@ -28,6 +28,10 @@ pub const AUDIT_ORDERS: &str = "/internal/v1/audit/orders";
 /// What was set aside because it cannot be read: no body, [`AuditUnreadableAnswer`].
 pub const AUDIT_UNREADABLE: &str = "/internal/v1/audit/unreadable";
 
+/// What became of orders of a saved tail, to be written down where they are at home: [`PutBack`](crate::orders::PutBack),
+/// [`PutBackDone`](crate::orders::PutBackDone).
+pub const RESTORE: &str = "/internal/v1/orders/restore";
+
 /// How the center's Kafka queue stands, for the audit: no body, [`AuditQueueAnswer`].
 pub const AUDIT_QUEUE: &str = "/internal/v1/audit/queue";
 /// What the center's order database says of shards, or that it lets go of them: [`ShardsCall`], [`ShardsAnswer`].

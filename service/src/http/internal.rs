@@ -20,13 +20,13 @@ use super::problem::{self, Code, Problem};
 use super::relay::{RELAY, RelayAnswer, RelayCall, Vouched};
 use crate::cross_center::calls::{
     AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersCall, AuditRowsCall,
-    MAX_AUDIT_ORDERS, MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, ReleaseCall,
-    ReserveCall, SALE, SESSIONS, SHARDS, SaleCall, ShardsAnswer, ShardsCall,
+    MAX_AUDIT_ORDERS, MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, RESTORE,
+    ReleaseCall, ReserveCall, SALE, SESSIONS, SHARDS, SaleCall, ShardsAnswer, ShardsCall,
 };
 use crate::cross_center::session::{Now, Sessions};
 use crate::cross_center::{Refusal, session::Caller};
 use crate::inventory::Inventory;
-use crate::orders::{KafkaQueue, OrderStore, centers};
+use crate::orders::{KafkaQueue, MAX_PUT_BACK, OrderStore, PutBack, centers};
 use crate::shift::answer_for_shards;
 use crate::telemetry::Metrics;
 use crate::topology::TopologyHandle;
@@ -81,6 +81,7 @@ pub fn internal_router(state: InternalState) -> Router {
         .post(AUDIT_QUEUE, audit_queue)
         .post(RELAY, relay)
         .post(SHARDS, shards)
+        .post(RESTORE, restore)
         .build(Arc::new(state))
         .0
 }
@@ -245,6 +246,17 @@ async fn shards(state: Arc<InternalState>, mut call: Call) -> Result<Response, P
     let answer = state.tasks.spawn(async move { answer_for_shards(&orders, &topology, call).await });
     let answer: ShardsAnswer = answer.await.map_err(Problem::internal)??;
     private_json(&answer)
+}
+
+async fn restore(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    // Which claims the ledger holds is true of one epoch.
+    match question::<PutBack>(&state, &mut call).await {
+        Ok(call) if !call.is_bounded() => {
+            Err(Problem::bad_request(format!("A call has at most {MAX_PUT_BACK} orders")))
+        }
+        Ok(call) => private_json(&state.orders.put_back(call).await?),
+        Err(rejected) => rejected.answer(RESTORE),
+    }
 }
 
 async fn relay(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {

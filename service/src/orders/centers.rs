@@ -9,11 +9,12 @@ use std::time::Duration;
 use seckill_domain::{CenterId, OrderId, OrderStatus, OutboxId, SaleId, Table};
 
 use super::error::Error;
+use super::put_back::{PutBack, PutBackDone};
 use super::store::{AuditOrder, OrderStore};
 use crate::cross_center::calls::{
     AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersAnswer, AuditOrdersCall,
     AuditQueueAnswer, AuditRowsAnswer, AuditRowsCall, AuditUnreadableAnswer, MAX_AUDIT_ROWS, OUTBOX,
-    OutboxAnswer, SALE, SaleAnswer, SaleCall, UnreadableRow,
+    OutboxAnswer, RESTORE, SALE, SaleAnswer, SaleCall, UnreadableRow,
 };
 use crate::cross_center::{CallError, CrossCenter};
 use crate::topology::TopologyHandle;
@@ -204,6 +205,15 @@ impl OrderCenters {
                 let call = AuditOrdersCall { orders: orders.to_vec() };
                 self.ask(center, AUDIT_ORDERS, &call, ROWS_TIMEOUT).await
             }
+        }
+    }
+
+    /// Writes down in a center's database what became of orders of a saved tail (H6): see
+    /// [`OrderStore::put_back`]. At most [`MAX_PUT_BACK`](super::MAX_PUT_BACK) orders, all at home in that center.
+    pub async fn put_back(&self, center: Option<&CenterId>, call: PutBack) -> Result<PutBackDone, Untold> {
+        match center {
+            None => Ok(self.store.put_back(call).await?),
+            Some(center) => self.ask(center, RESTORE, &call, ROWS_TIMEOUT).await,
         }
     }
 

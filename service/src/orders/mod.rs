@@ -16,6 +16,7 @@ mod kafka;
 mod keeper;
 mod metrics;
 mod model;
+mod put_back;
 mod reading;
 mod releases;
 mod store;
@@ -38,6 +39,7 @@ pub use model::{
     AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, InvalidCursor, Order, OrderFilter, Page,
     PayOutcome, Payment, PaymentId, Refund, Release, ReleaseReason, SaleCounts, StatusCounts,
 };
+pub use put_back::{ACCEPTED_LOSS, MAX_PUT_BACK, PutBack, PutBackDone};
 pub use store::{
     AuditOrder, AuditRows, Counts, FenceError, Fenced, OrderStore, Owners, ReplicaStatus, ServerStanding,
     ShardRow, StoreOptions, Turned, UnreadableOrder,

@@ -262,6 +262,8 @@ pub struct Release {
     pub uid: Uid,
     /// Of which sale.
     pub sale_id: SaleId,
+    /// Its place in the queue: a release that is asked for again moves to the end.
+    pub place: i64,
 }
 
 /// Orders and units in one state.

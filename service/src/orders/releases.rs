@@ -100,13 +100,14 @@ impl Releases {
         while !token.is_cancelled() && troubled.len() < MAX_TROUBLED {
             let kept = u32::try_from(lines.kept.orders.len()).unwrap_or(u32::MAX);
             let mut waiting = self.store.pending_releases(ROUND + kept, &troubled).await?;
+            let up_to = waiting.iter().map(|release| release.place).max().unwrap_or(0);
             waiting.retain(|release| !lines.kept.orders.contains(&release.order_id));
             if waiting.is_empty() {
                 break;
             }
             for ((partition, sale_id), orders) in by_sale(waiting) {
                 for call in orders.chunks(CALL) {
-                    if let Err(failure) = self.deliver(lines, partition, &sale_id, call).await? {
+                    if let Err(failure) = self.deliver(lines, up_to, (partition, &sale_id), call).await? {
                         first_error.get_or_insert(failure);
                         troubled.push(sale_id.clone());
                         break;
@@ -135,8 +136,8 @@ impl Releases {
     async fn deliver(
         &self,
         lines: &mut Lines,
-        partition: u8,
-        sale_id: &SaleId,
+        up_to: i64,
+        (partition, sale_id): (u8, &SaleId),
         orders: &[ReleaseEntry],
     ) -> Result<Result<(), seckill_ledger::Error>, Failure> {
         let place = usize::from(partition);
@@ -163,7 +164,7 @@ impl Releases {
             lines.kept.epoch = kept_at;
             lines.kept.orders.extend(done.drain(..));
         }
-        self.store.releases_done(done, unknown).await?;
+        self.store.releases_answered(up_to, done, unknown).await?;
         Ok(Ok(()))
     }
 }

@@ -446,7 +446,7 @@ pub(super) fn add_tail(topology: &mut Topology, from: &CenterId, tail: &Tail) {
         shift.kind == ShiftKind::Master && shift.mode == ShiftMode::Forced && shift.from == *from
     });
     if let Some(shift) = lost
-        && !shift.tails.contains(tail)
+        && shift.tails.iter().all(|known| known.file != tail.file)
     {
         shift.tails.push(tail.clone());
     }

@@ -35,7 +35,12 @@ pub(crate) struct SavedTail {
 
 impl From<&SavedTail> for Tail {
     fn from(saved: &SavedTail) -> Tail {
-        Tail { file: saved.file.display().to_string(), entries: saved.entries, orders: saved.orders }
+        Tail {
+            file: saved.file.display().to_string(),
+            entries: saved.entries,
+            orders: saved.orders,
+            settled: None,
+        }
     }
 }
 

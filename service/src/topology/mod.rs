@@ -33,7 +33,7 @@ pub use file_store::FileStore;
 pub use handle::{TopologyHandle, UpdateError};
 pub use instances::{Instance, InstanceId, InstanceStore, Instances};
 pub use shift::{
-    Check, CheckVerdict, Coordinator, Exposure, HISTORY, Shift, ShiftKind, ShiftMode, ShiftPhase, ShiftState,
-    Step, StepState, Tail,
+    Check, CheckVerdict, Coordinator, Exposure, HISTORY, Settled, Shift, ShiftKind, ShiftMode, ShiftPhase,
+    ShiftState, Step, StepState, Tail,
 };
 pub use store::{Changes, Revision, StoreError, TopologyStore, Versioned};

@@ -150,6 +150,24 @@ pub struct Tail {
     pub entries: u64,
     /// How many orders these hold.
     pub orders: u64,
+    /// What became of them (H6), once that is final.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub settled: Option<Settled>,
+}
+
+/// What became of the orders of a saved tail.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settled {
+    /// All orders of the tail.
+    pub orders: u64,
+    /// Those that hold a claim in the new master's ledger.
+    pub claimed_again: u64,
+    /// Unpaid ones without room for their claim: cancelled.
+    pub cancelled: u64,
+    /// Paid ones without room for their claim: they stay paid.
+    pub paid_without_claim: u64,
+    /// RFC 3339.
+    pub settled_at: String,
 }
 
 /// What a forced shift may lose.

@@ -57,10 +57,7 @@ impl Write for Store {
                 tx.owned.check(order.order_id.table().shard())?;
             }
         }
-        let stored = match tx.conn.dialect() {
-            Dialect::Sqlite => insert_sqlite::insert(tx, &orders).await?,
-            Dialect::MySql => insert_mysql::insert(tx, &orders).await?,
-        };
+        let stored = insert(tx, &orders).await?;
         let duplicates = orders.len() as u64 - stored;
         if duplicates > 0 {
             // Rare: somebody else's batch overlapped, or an id was given out twice.
@@ -78,6 +75,14 @@ impl Write for Store {
         hub.metrics.duplicates.inc_by(stored.outcome.duplicates);
         hub.metrics.unreadable.inc_by(stored.set_aside);
         hub.updates.notify(self.0.orders.iter().map(|order| order.order_id));
+    }
+}
+
+/// Stores those orders whose id is not there; returns how many these are.
+pub(super) async fn insert(tx: &mut Tx<'_>, orders: &[&OrderRecord]) -> Result<u64, Error> {
+    match tx.conn.dialect() {
+        Dialect::Sqlite => insert_sqlite::insert(tx, orders).await,
+        Dialect::MySql => insert_mysql::insert(tx, orders).await,
     }
 }
 

@@ -109,13 +109,13 @@ impl Pay {
             .await?;
         exactly_one(paid, "order")?;
         if order.kind == SaleKind::Coupon {
-            change_coupon(tx.conn, order.order_id, CouponState::Granted).await?;
+            change_coupon(tx.conn, order.order_id, CouponState::Pending, CouponState::Granted).await?;
         }
         record_payment(tx, payment, "paid").await
     }
 }
 
-fn exactly_one(rows: u64, what: &str) -> Result<(), Error> {
+pub(super) fn exactly_one(rows: u64, what: &str) -> Result<(), Error> {
     if rows == 1 { Ok(()) } else { Err(Error::Row(format!("{rows} rows of one {what} changed"))) }
 }
 
@@ -346,12 +346,12 @@ async fn close(tx: &mut Tx<'_>, order: &Order, reason: ReleaseReason) -> Result<
     tx.conn.execute(format!("{insert} releases (order_id, uid, sale_id, quantity, reason, created_at) VALUES (?, ?, ?, ?, ?, ?)"), values![order.order_id.to_string(), order.uid.as_str(), order.sale_id.as_str(), i64::from(order.quantity.get()), reason.as_str(), tx.now.0])
     .await?;
     if order.kind == SaleKind::Coupon {
-        change_coupon(tx.conn, order.order_id, CouponState::Void).await?;
+        change_coupon(tx.conn, order.order_id, CouponState::Pending, CouponState::Void).await?;
     }
     Ok(())
 }
 
-async fn set_closed(
+pub(super) async fn set_closed(
     tx: &mut Tx<'_>,
     order_id: OrderId,
     status: &str,
@@ -371,11 +371,17 @@ async fn set_closed(
     exactly_one(closed, "order")
 }
 
-async fn change_coupon(conn: &mut Session, order_id: OrderId, to: CouponState) -> Result<(), Error> {
+/// Moves the coupon of an order from one state to another, if that is the one it is in.
+pub(super) async fn change_coupon(
+    conn: &mut Session,
+    order_id: OrderId,
+    from: CouponState,
+    to: CouponState,
+) -> Result<(), Error> {
     let table = order_id.table();
     conn.execute(
-        format!("UPDATE coupons_{table} SET state = ? WHERE coupon_id = ? AND state = 'pending'"),
-        values![to.as_str(), order_id.to_string()],
+        format!("UPDATE coupons_{table} SET state = ? WHERE coupon_id = ? AND state = ?"),
+        values![to.as_str(), order_id.to_string(), from.as_str()],
     )
     .await?;
     Ok(())
@@ -419,7 +425,7 @@ impl Write for CancelLost {
             }
             set_closed(tx, order.order_id, "cancelled", Some(&self.reason)).await?;
             if order.kind == SaleKind::Coupon {
-                change_coupon(tx.conn, order.order_id, CouponState::Void).await?;
+                change_coupon(tx.conn, order.order_id, CouponState::Pending, CouponState::Void).await?;
             }
             cancelled.push(*order_id);
         }

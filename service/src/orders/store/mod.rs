@@ -10,6 +10,7 @@ mod lifecycle;
 mod mysql;
 mod ownership;
 mod positions;
+mod put_back;
 mod queue;
 mod read;
 mod replication;
@@ -35,6 +36,7 @@ use super::model::{
     AdminOrder, CancelOutcome, Coupon, Cursor, ExpireOutcome, Order, OrderFilter, Page, PayOutcome, Payment,
     Refund, Release, SaleCounts,
 };
+use super::put_back::{PutBack, PutBackDone};
 use super::updates::Updates;
 pub use audit::{AuditOrder, AuditRows, UnreadableOrder};
 use database::{Database, Readers};
@@ -323,7 +325,18 @@ impl OrderStore {
     /// Forgets releases that the ledger answered; `unknown` are those whose claim it does not hold: they are
     /// kept aside for the audit and not sent again.
     pub async fn releases_done(&self, done: Vec<OrderId>, unknown: Vec<OrderId>) -> Result<(), Error> {
-        self.writer()?.run_patiently(queue::ReleasesDone { done, unknown }).await
+        self.releases_answered(i64::MAX, done, unknown).await
+    }
+
+    /// The same for releases that were read up to this place of the queue. One that was asked for again since stays: its
+    /// claim may have come after the ledger's answer.
+    pub async fn releases_answered(
+        &self,
+        up_to: i64,
+        done: Vec<OrderId>,
+        unknown: Vec<OrderId>,
+    ) -> Result<(), Error> {
+        self.writer()?.run_patiently(queue::ReleasesDone { up_to, done, unknown }).await
     }
 
     /// Notes where a partition's position is now, or where the other centers' is if it is behind, and returns what was
@@ -417,6 +430,16 @@ impl OrderStore {
     /// them. Returns which were cancelled; paid ones stay as they are.
     pub async fn cancel_lost(&self, orders: Vec<OrderId>, reason: &str) -> Result<Vec<OrderId>, Error> {
         self.writer()?.run_patiently(lifecycle::CancelLost { orders, reason: reason.to_owned() }).await
+    }
+
+    /// Writes down what became of orders of a saved tail (H6): stores those that are missing, cancels unpaid ones whose
+    /// claim is lost, and has closed ones released again that have a claim. It happens as a whole, or, with
+    /// [`Error::NotOwner`] or any other error, not at all; the same again changes nothing more.
+    ///
+    /// A tail has one reader at a time: an order that one calls lost after another one claimed it would be cancelled
+    /// with its claim held.
+    pub async fn put_back(&self, call: PutBack) -> Result<PutBackDone, Error> {
+        Ok(self.writer()?.run_patiently(put_back::Restore(call)).await?.done)
     }
 
     /// Outbox entries that were set aside, newest first.

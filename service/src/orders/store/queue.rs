@@ -5,7 +5,7 @@ use seckill_domain::{CenterId, Millis, OrderId, OutboxId, SaleId, Table};
 
 use super::super::error::Error;
 use super::positions::Positions;
-use super::session::{Value, values};
+use super::session::{Row, Value, values};
 use super::writer::{Hub, Lane, Tx, Write};
 
 /// Rows of one statement: six values each, and SQLite takes 32,766.
@@ -13,6 +13,8 @@ const CHUNK: usize = 500;
 
 /// Forgets releases that the ledger answered.
 pub(super) struct ReleasesDone {
+    /// The last place of the queue that was read.
+    pub(super) up_to: i64,
     pub(super) done: Vec<OrderId>,
     pub(super) unknown: Vec<OrderId>,
 }
@@ -32,9 +34,10 @@ impl Write for ReleasesDone {
             let own: Vec<OrderId> =
                 orders.iter().copied().filter(|id| tx.owned.contains(id.table().shard())).collect();
             for chunk in own.chunks(CHUNK) {
-                let ids: Vec<Value<'_>> = chunk.iter().map(|id| Value::from(id.to_string())).collect();
+                let mut values: Vec<Value<'_>> = vec![self.up_to.into()];
+                values.extend(chunk.iter().map(|id| Value::from(id.to_string())));
                 let marks = vec!["?"; chunk.len()].join(", ");
-                tx.conn.execute(format!("{change} WHERE order_id IN ({marks})"), &ids).await?;
+                tx.conn.execute(format!("{change} WHERE id <= ? AND order_id IN ({marks})"), &values).await?;
             }
         }
         Ok(())
@@ -75,34 +78,52 @@ impl Write for Requeue {
                 values![self.sale_id.as_str()],
             )
             .await?;
-        let insert = tx.conn.dialect().insert_new();
-        for chunk in closed.chunks(CHUNK) {
-            let mut rows = Vec::with_capacity(chunk.len() * 6);
-            let mut ids = Vec::with_capacity(chunk.len());
-            for row in chunk {
-                rows.extend_from_slice(values![
-                    row.text(0)?,
-                    row.text(1)?,
-                    self.sale_id.as_str(),
-                    row.int(2)?,
-                    row.text(3)?,
-                    tx.now.0
-                ]);
-                ids.push(Value::from(row.text(0)?));
-            }
-            let marks = vec!["(?, ?, ?, ?, ?, ?)"; chunk.len()].join(", ");
-            let sql = format!(
-                "{insert} releases (order_id, uid, sale_id, quantity, reason, created_at) VALUES {marks}"
-            );
-            tx.conn.execute(sql, &rows).await?;
-            let marks = vec!["?"; chunk.len()].join(", ");
-            let sql = format!("UPDATE releases SET state = 'pending' WHERE order_id IN ({marks})");
-            tx.conn.execute(sql, &ids).await?;
-        }
+        let read = |row: &Row| -> Result<Closed, Error> {
+            Ok(Closed {
+                order_id: row.text(0)?.to_owned(),
+                uid: row.text(1)?.to_owned(),
+                sale_id: self.sale_id.to_string(),
+                quantity: row.int(2)?,
+                reason: row.text(3)?.to_owned(),
+            })
+        };
+        let closed: Vec<Closed> = closed.iter().map(read).collect::<Result<_, _>>()?;
+        queue_again(tx, &closed).await?;
         Ok(closed.len() as u64)
     }
 
     fn committed(&self, _queued: &u64, _hub: &Hub) {}
+}
+
+/// A closed order whose release is to be queued.
+pub(super) struct Closed {
+    pub(super) order_id: String,
+    pub(super) uid: String,
+    pub(super) sale_id: String,
+    pub(super) quantity: i64,
+    /// `cancelled` or `expired`.
+    pub(super) reason: String,
+}
+
+/// Puts releases at the end of the queue, wherever they were before: what the ledger answered to an earlier one, and is
+/// on its way here, is not the answer to this one.
+pub(super) async fn queue_again(tx: &mut Tx<'_>, closed: &[Closed]) -> Result<(), Error> {
+    for chunk in closed.chunks(CHUNK) {
+        let mut rows = Vec::with_capacity(chunk.len() * 6);
+        let mut ids = Vec::with_capacity(chunk.len());
+        for Closed { order_id, uid, sale_id, quantity, reason } in chunk {
+            rows.extend_from_slice(values![order_id, uid, sale_id, *quantity, reason, tx.now.0]);
+            ids.push(Value::from(order_id));
+        }
+        let marks = vec!["?"; chunk.len()].join(", ");
+        tx.conn.execute(format!("DELETE FROM releases WHERE order_id IN ({marks})"), &ids).await?;
+        let marks = vec!["(?, ?, ?, ?, ?, ?)"; chunk.len()].join(", ");
+        let sql = format!(
+            "INSERT INTO releases (order_id, uid, sale_id, quantity, reason, created_at) VALUES {marks}"
+        );
+        tx.conn.execute(sql, &rows).await?;
+    }
+    Ok(())
 }
 
 /// Notes the position of this moment; drops older marks, but keeps the newest of those before `before`.

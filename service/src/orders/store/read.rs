@@ -38,9 +38,18 @@ pub(super) async fn order(conn: &mut Session, order_id: OrderId) -> Result<Optio
 }
 
 pub(super) async fn admin_order(conn: &mut Session, order_id: OrderId) -> Result<Option<AdminOrder>, Error> {
+    admin_order_with(conn, order_id, "").await
+}
+
+/// The same with a lock on the row, or none.
+pub(super) async fn admin_order_with(
+    conn: &mut Session,
+    order_id: OrderId,
+    lock: &str,
+) -> Result<Option<AdminOrder>, Error> {
     let table = order_id.table();
     conn.row(
-        format!("SELECT {ADMIN_ORDER} FROM orders_{table} WHERE order_id = ?"),
+        format!("SELECT {ADMIN_ORDER} FROM orders_{table} WHERE order_id = ?{lock}"),
         values![order_id.to_string()],
     )
     .await?
@@ -245,7 +254,7 @@ pub(super) async fn pending_releases(
     };
     let own = own_orders(conn, center).await?;
     let sql = format!(
-        "SELECT order_id, uid, sale_id FROM releases WHERE state = 'pending'{others}{own} ORDER BY id LIMIT ?"
+        "SELECT order_id, uid, sale_id, id FROM releases WHERE state = 'pending'{others}{own} ORDER BY id LIMIT ?"
     );
     let mut values: Vec<Value<'_>> = except.iter().map(|sale_id| Value::from(sale_id.as_str())).collect();
     values.push(limit.into());
@@ -256,6 +265,7 @@ pub(super) async fn pending_releases(
                 order_id: parse_order_id(row.text(0)?)?,
                 uid: Uid::new(row.text(1)?)?,
                 sale_id: SaleId::new(row.text(2)?)?,
+                place: row.int(3)?,
             })
         })
         .collect()

@@ -6,6 +6,7 @@ mod lifecycle;
 mod mysql;
 mod pair;
 mod place;
+mod put_back;
 mod queues;
 mod replicated;
 mod store;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use http::HeaderValue;
 use http::request::Parts;
 use seckill::cross_center::calls::{
-    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, ReserveAnswer,
+    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, RESTORE, ReserveAnswer,
     ReserveOutcome, SALE,
 };
 use seckill::cross_center::session::{Hello, Now, Opening, Sessions};
@@ -294,6 +294,7 @@ async fn every_call_of_the_internal_listener_refuses_what_is_unsigned_changed_or
         (AUDIT_ORDERS, json!({"orders": []})),
         (AUDIT_UNREADABLE, Value::Null),
         (AUDIT_QUEUE, Value::Null),
+        (RESTORE, json!({"held": [], "lost": [], "released": [], "records": []})),
         ("/internal/v1/relay", relayed),
     ] {
         let call = || forger.call(path, &body, trial.epoch, Now::read().unix_s);
