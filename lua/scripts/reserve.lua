@@ -8,7 +8,8 @@
 --         quantity (3, big endian), state 0 (1)
 --       6 for each entry its line of the outbox record: "HEAD QUANTITY UID[ TRACEPARENT]\n", HEAD the nine digits
 --         of the order id
---       7… the uid of each entry
+--       7 '1' if a user has several entries, else '0'
+--       8… the uid of each entry
 -- Reply {'OK', seq, now, revision, codes, extras}
 --         codes: a letter for each entry
 --           A accepted: orders are numbered in this order, the last of them is seq
@@ -22,7 +23,7 @@
 -- A claim is head .. sequence (5 bytes), 29 bytes; the claims of a user stand one after the other.
 --@include fence
 
-local FIRST = 7 -- index of the first entry's uid in ARGV
+local FIRST = 8 -- index of the first entry's uid in ARGV
 local HEAD_BYTES = 24
 local CLAIM_BYTES = 29
 -- How many claims a user may leave behind: some beyond the limit, for units that were given back, but never so
@@ -68,16 +69,19 @@ elseif sale[1] == 'ended' or (ends and now >= ends) then
 end
 
 local most_claims = math.min((limit or 0) + SPARE_CLAIMS, MAX_CLAIMS) * CLAIM_BYTES
+-- What each entry's user had claimed; each place takes the entry's code once it is read: a table of its own would be
+-- grown, which costs Redis more than the rest of the loop.
 local before = redis.call('HMGET', KEYS[7], unpack(ARGV, FIRST))
+local codes = before
 
 local sub, byte, char, floor = string.sub, string.byte, string.char, math.floor
 local pack, unpack_bytes = struct.pack, struct.unpack
 local same_quantity, heads = tonumber(ARGV[4]), ARGV[5]
-local codes, extras, extra = {}, {}, 0
+local extras, extra = {}, 0
 local writes, written = {}, 0
 local accepted, units = 0, 0
 local high -- the first four bytes of the sequence, the same for 256 orders
-local latest = {} -- claims of users that this batch has already changed
+local latest = ARGV[7] == '1' and {} -- claims of users that this batch has already changed, where that matters
 
 for i = 1, entries do
   local uid = ARGV[FIRST + i - 1]
@@ -86,7 +90,7 @@ for i = 1, entries do
   if quantity == 0 then
     quantity = unpack_bytes('>I3', heads, head_at + 20)
   end
-  local claims = latest[uid] or before[i]
+  local claims = latest and latest[uid] or before[i]
   local held = 0
   local code
   if claims then
@@ -140,7 +144,9 @@ for i = 1, entries do
     if claims then
       claim = claims .. claim
     end
-    latest[uid] = claim
+    if latest then
+      latest[uid] = claim
+    end
     writes[written + 1] = uid
     written = written + 2
     writes[written] = claim
@@ -170,4 +176,5 @@ if accepted > 0 then
     'claimed', claimed_before + units, 'accepted', accepted_before + accepted)
   redis.call('MSET', KEYS[2], now, KEYS[3], seq)
 end
-return {'OK', seq, now, revision, table.concat(codes), table.concat(extras)}
+local letters = accepted == entries and string.rep('A', entries) or table.concat(codes)
+return {'OK', seq, now, revision, letters, table.concat(extras)}

@@ -1,5 +1,7 @@
 //! `reserve`: a batch of purchases of one sale, decided in one call.
 
+use std::collections::HashSet;
+
 use redis::aio::ConnectionLike;
 use seckill_domain::{CenterNumber, KeyDigest, Millis, OrderId, OutboxId, Quantity, SaleId, Uid};
 
@@ -122,6 +124,7 @@ pub async fn reserve(
     }
     call.push(&claim_heads[..]);
     call.push(&lines[..]);
+    call.push(u8::from(several_of_a_user(entries)));
     for entry in entries {
         call.push(entry.uid.as_str());
     }
@@ -143,6 +146,12 @@ pub async fn reserve(
         now,
         mark: StockMark { outbox: OutboxId { epoch: fence.epoch.0, seq }, revision },
     })
+}
+
+/// Whether a user has more than one entry.
+fn several_of_a_user(entries: &[ReserveEntry]) -> bool {
+    let mut users = HashSet::with_capacity(entries.len());
+    !entries.iter().all(|entry| users.insert(entry.uid.as_str()))
 }
 
 /// The fixed part of a claim (see [`keys`]): everything but the sequence.
