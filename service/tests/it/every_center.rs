@@ -5,8 +5,9 @@ use std::time::Duration;
 use http::Method;
 use seckill::archive::{self, archive};
 use seckill::audit::{self, Report, Verdict};
+use seckill::cross_center::CallError;
 use seckill::inventory::SaleError;
-use seckill::orders::{OrderCenters, StoreBatch, Untold};
+use seckill::orders::{self, OrderCenters, PutBack, PutBackDone, StoreBatch, Untold};
 use seckill_domain::{OrderId, OutboxId, Shard, Uid};
 use seckill_ledger::StateChange;
 use seckill_ledger::outbox::{self, Event};
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection};
 
 use crate::client::Client;
-use crate::pair::{Pair, Wire};
+use crate::pair::{Pair, Wire, center};
 use crate::support::eventually;
 use crate::up::Up;
 
@@ -110,6 +111,28 @@ async fn the_audit_holds_the_ledger_against_the_orders_of_each_home_center() {
         report.sales[0].violations.iter().any(|violation| violation.detail.contains("belongs to center b"))
     );
     sql(&a, format!("DELETE FROM orders_{t} WHERE order_id = '{id}'")).await;
+
+    // The one that is gone is put back where it is at home, over the wire; a center that is not its home refuses it.
+    let mut conn = pair.redis.connect().await;
+    let page = outbox::read(&mut conn, OutboxId::ZERO, 1000).await.unwrap();
+    let record = page
+        .entries
+        .into_iter()
+        .filter_map(|entry| match entry.event {
+            Ok(Event::Orders(orders)) => orders.into_iter().find(|order| order.order_id == lost),
+            _ => None,
+        })
+        .next()
+        .unwrap();
+    let call = PutBack { held: vec![lost], records: vec![record], ..PutBack::default() };
+    let wrong = pair.a.centers.put_back(None, call.clone()).await;
+    assert!(matches!(wrong, Err(Untold::Own(orders::Error::NotOwner(_)))), "{wrong:?}");
+    let wrong = pair.b.centers.put_back(Some(&center("a")), call.clone()).await;
+    assert!(matches!(wrong, Err(Untold::Other { error: CallError::NotExecuted(_), .. })), "{wrong:?}");
+    let done = pair.a.centers.put_back(Some(&center("b")), call).await.unwrap();
+    assert_eq!(done, PutBackDone { inserted: 1, ..PutBackDone::default() });
+    let report = pair.audit().await;
+    assert_eq!(report.verdict, Verdict::Clean, "{report:?}");
 
     // Without b, what is at home there is not judged, and the report says so; a's own is.
     pair.b.serving.cancel();

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use http::HeaderValue;
 use http::request::Parts;
 use seckill::cross_center::calls::{
-    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, RESTORE, ReserveAnswer,
-    ReserveOutcome, SALE,
+    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, RESTORE,
+    ReserveAnswer, ReserveOutcome, SALE,
 };
 use seckill::cross_center::session::{Hello, Now, Opening, Sessions};
 use seckill::cross_center::signature::{COVERED, Signing, content_digest, sign};
