@@ -4,6 +4,7 @@
 
 mod failures;
 mod fences;
+mod histories;
 mod model;
 mod outbox;
 mod purchases;
