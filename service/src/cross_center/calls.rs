@@ -16,6 +16,8 @@ pub const SESSIONS: &str = "/internal/v1/sessions";
 pub const RESERVE: &str = "/internal/v1/reserve";
 /// Gives units back: [`ReleaseCall`], [`ReleaseAnswer`].
 pub const RELEASE: &str = "/internal/v1/release";
+/// Claims orders again that a shift lost: [`ReclaimCall`], [`ReclaimAnswer`].
+pub const RECLAIM: &str = "/internal/v1/reclaim";
 /// How far the center has stored the outbox: no body, [`OutboxAnswer`].
 pub const OUTBOX: &str = "/internal/v1/outbox";
 
@@ -42,7 +44,7 @@ pub const MAX_AUDIT_ROWS: u32 = 4096;
 /// Orders asked for at once at most.
 pub const MAX_AUDIT_ORDERS: usize = 500;
 
-/// Purchases or releases in one call at most: what the ledger takes.
+/// Purchases, releases or claims in one call at most: what the ledger takes.
 pub const MAX_ENTRIES: usize = seckill_ledger::MAX_BATCH;
 /// The largest body of a call: [`MAX_ENTRIES`] entries of the longest user ids and trace contexts, and room.
 pub const MAX_BODY_BYTES: usize = 512 * 1024;
@@ -252,6 +254,47 @@ pub enum ReleaseOutcome {
     Unknown,
 }
 
+/// Orders of one sale that a shift lost and whose units are to be claimed again (H6).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReclaimCall {
+    /// The sale.
+    pub sale_id: SaleId,
+    /// The orders.
+    pub orders: Vec<ReclaimLine>,
+}
+
+/// One of them: order, user, quantity, digest of the key (zeros if it is not known).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReclaimLine(pub OrderId, pub Uid, pub Quantity, pub WireKey);
+
+/// What became of each claim, in order.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReclaimAnswer {
+    /// For each order.
+    pub outcomes: Vec<ReclaimOutcome>,
+    /// The epoch, while the master is degraded: the caller asks again at the next (K4).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_at: Option<u64>,
+}
+
+/// What became of one claim.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReclaimOutcome {
+    /// Its units are claimed again.
+    Claimed,
+    /// The ledger knows the order.
+    Held,
+    /// The user holds another order that was bought under the same key.
+    OtherOrder,
+    /// The user would hold too much.
+    Limit,
+    /// Not enough is left.
+    NotEnough,
+    /// The ledger has no such sale.
+    NoSale,
+}
+
 /// Up to where a center has stored each partition's outbox in its order database.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutboxAnswer {
@@ -392,6 +435,13 @@ mod tests {
         );
         let sale_id = SaleId::new(&"s".repeat(48)).unwrap();
         let call = ReserveCall { sale_id, deadline_ms: u64::MAX, entries: vec![line; MAX_ENTRIES] };
+        assert!(serde_json::to_vec(&call).unwrap().len() < MAX_BODY_BYTES);
+        let order_id = "8511999999999999999".parse().unwrap();
+        let orders = call
+            .entries
+            .into_iter()
+            .map(|ReserveLine(uid, key, quantity, ..)| ReclaimLine(order_id, uid, quantity, key));
+        let call = ReclaimCall { sale_id: call.sale_id, orders: orders.collect() };
         assert!(serde_json::to_vec(&call).unwrap().len() < MAX_BODY_BYTES);
     }
 }

@@ -10,6 +10,7 @@ use bytes::Bytes;
 use http::{Method, Request};
 use http_body_util::{BodyExt, Limited};
 use seckill_domain::Epoch;
+use seckill_ledger::admin::ReclaimEntry;
 use seckill_ledger::{Executed, ReleaseEntry};
 use serde::de::DeserializeOwned;
 use tokio_util::task::TaskTracker;
@@ -20,8 +21,9 @@ use super::problem::{self, Code, Problem};
 use super::relay::{RELAY, RelayAnswer, RelayCall, Vouched};
 use crate::cross_center::calls::{
     AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, AuditOrdersCall, AuditRowsCall,
-    MAX_AUDIT_ORDERS, MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RELEASE, RESERVE, RESTORE,
-    ReleaseCall, ReserveCall, SALE, SESSIONS, SHARDS, SaleCall, ShardsAnswer, ShardsCall,
+    MAX_AUDIT_ORDERS, MAX_BODY_BYTES, MAX_ENTRIES, OUTBOX, OutboxAnswer, RECLAIM, RELEASE, RESERVE, RESTORE,
+    ReclaimCall, ReclaimLine, ReleaseCall, ReserveCall, SALE, SESSIONS, SHARDS, SaleCall, ShardsAnswer,
+    ShardsCall, WireKey,
 };
 use crate::cross_center::session::{Now, Sessions};
 use crate::cross_center::{Refusal, session::Caller};
@@ -82,6 +84,7 @@ pub fn internal_router(state: InternalState) -> Router {
         .post(RELAY, relay)
         .post(SHARDS, shards)
         .post(RESTORE, restore)
+        .post(RECLAIM, reclaim)
         .build(Arc::new(state))
         .0
 }
@@ -188,6 +191,26 @@ async fn release(state: Arc<InternalState>, mut call: Call) -> Result<Response, 
     let inventory = state.inventory.clone();
     let released = state.tasks.spawn(async move { inventory.release_for_others(&sale_id, &orders).await });
     private_json(&released.await.map_err(Problem::internal)??)
+}
+
+async fn reclaim(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {
+    let ReclaimCall { sale_id, orders } = match question(&state, &mut call).await {
+        Ok(call) => call,
+        Err(rejected) => return rejected.answer(RECLAIM),
+    };
+    bounded(orders.len())?;
+    let orders: Vec<ReclaimEntry> = orders
+        .into_iter()
+        .map(|ReclaimLine(order_id, uid, quantity, WireKey(key))| ReclaimEntry {
+            order_id,
+            uid,
+            quantity,
+            key,
+        })
+        .collect();
+    let inventory = state.inventory.clone();
+    let claimed = state.tasks.spawn(async move { inventory.reclaim(&sale_id, &orders).await });
+    private_json(&claimed.await.map_err(Problem::internal)??)
 }
 
 async fn outbox(state: Arc<InternalState>, mut call: Call) -> Result<Response, Problem> {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use seckill_domain::{Epoch, SaleId};
+use seckill_ledger::admin::{self, ReclaimEntry};
 use seckill_ledger::{Executed, ReleaseEntry};
 use tokio::time::Instant;
 
@@ -10,8 +11,8 @@ use super::error::{PurchaseError, Unavailable};
 use super::waiting::Home;
 use super::{Accepted, Inventory, Purchase};
 use crate::cross_center::calls::{
-    ReleaseAnswer, ReleaseOutcome, ReserveAnswer, ReserveCall, ReserveLine, ReserveOutcome, SoldOutMark,
-    WireKey,
+    ReclaimAnswer, ReclaimOutcome, ReleaseAnswer, ReleaseOutcome, ReserveAnswer, ReserveCall, ReserveLine,
+    ReserveOutcome, SoldOutMark, WireKey,
 };
 
 impl Inventory {
@@ -70,6 +71,29 @@ impl Inventory {
             })
             .collect();
         Ok(ReleaseAnswer { outcomes, kept_at: write.grant.degraded.then_some(write.grant.fence.epoch.0) })
+    }
+
+    /// Claims orders again that a shift lost (H6), where stock and limit allow, as the master; idempotent by order id.
+    pub async fn reclaim(
+        &self,
+        sale_id: &SaleId,
+        orders: &[ReclaimEntry],
+    ) -> Result<ReclaimAnswer, Unavailable> {
+        let mut write = self.begin().await?;
+        let outcomes = admin::reclaim(&mut write.conn, &write.grant.fence, sale_id, orders).await?;
+        write.counted().await?;
+        let outcomes = outcomes
+            .into_iter()
+            .map(|outcome| match outcome {
+                admin::ReclaimOutcome::Claimed => ReclaimOutcome::Claimed,
+                admin::ReclaimOutcome::Held => ReclaimOutcome::Held,
+                admin::ReclaimOutcome::OtherOrder => ReclaimOutcome::OtherOrder,
+                admin::ReclaimOutcome::Limit => ReclaimOutcome::Limit,
+                admin::ReclaimOutcome::NotEnough => ReclaimOutcome::NotEnough,
+                admin::ReclaimOutcome::NoSale => ReclaimOutcome::NoSale,
+            })
+            .collect();
+        Ok(ReclaimAnswer { outcomes, kept_at: write.grant.degraded.then_some(write.grant.fence.epoch.0) })
     }
 }
 

@@ -20,7 +20,7 @@ use futures_util::StreamExt;
 use futures_util::future::BoxFuture;
 use redis::aio::MultiplexedConnection;
 use seckill_domain::{OutboxId, SaleId, SalePhase, Uid};
-use seckill_ledger::outbox::{self, Event};
+use seckill_ledger::outbox::{self, Changed, Event};
 use seckill_ledger::read::{News, scan_claims};
 use seckill_ledger::{Error, Fence, StockMark};
 use tokio::sync::Notify;
@@ -316,11 +316,26 @@ impl SoldOut {
             position = if full { last } else { at(page.fence.as_deref(), page.last_seq).max(last) };
             let mut sales = self.write();
             for entry in page.entries {
-                if let Ok(Event::Orders(orders)) = entry.event
-                    && let Some(indexed) = orders.first().and_then(|order| sales.get_mut(&order.sale_id))
-                    && indexed.complete_to.is_some()
-                {
-                    indexed.winners.extend(orders.iter().map(|order| self.fingerprint(&order.uid)));
+                match entry.event {
+                    Ok(Event::Orders(orders)) => {
+                        if let Some(indexed) = orders.first().and_then(|order| sales.get_mut(&order.sale_id))
+                            && indexed.complete_to.is_some()
+                        {
+                            indexed.winners.extend(orders.iter().map(|order| self.fingerprint(&order.uid)));
+                        }
+                    }
+                    Ok(Event::SaleChanged(change)) => match change.what {
+                        // Whose orders these are is not said: the index is built anew, and until then the ledger is
+                        // asked.
+                        Changed::Reclaimed(_) => {
+                            if let Some(indexed) = sales.get_mut(&change.sale_id) {
+                                indexed.winners.clear();
+                                indexed.complete_to = None;
+                            }
+                        }
+                        Changed::State(_) | Changed::Stock(_) => {}
+                    },
+                    Ok(Event::Released { .. } | Event::Sale(_) | Event::Epoch(_)) | Err(_) => {}
                 }
             }
             if !full {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use seckill_domain::{
     CenterId, CenterNumber, Epoch, IdempotencyKey, OrderId, Quantity, SaleId, SaleSpec, Uid,
 };
-use seckill_ledger::admin::{FenceChange, FenceOutcome, set_fence};
+use seckill_ledger::admin::{FenceChange, FenceOutcome, ReclaimEntry, set_fence};
 use seckill_ledger::read::scan_claims;
 use seckill_ledger::roles::standing;
 use seckill_ledger::testkit::RedisServer;
@@ -20,6 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::config::SecretUrl;
+use crate::cross_center::calls::ReclaimOutcome;
 use crate::topology::{Acknowledge, Center, FileStore, Grant, Limits, Topology};
 
 /// A master with a replica, and an inventory that acknowledges what both have.
@@ -225,9 +226,18 @@ async fn a_change_of_a_sale_counts_once_the_replica_has_it() {
     let key = *IdempotencyKey::new("k").unwrap().digest();
     let sale = SaleId::new("s").unwrap();
     pair.replica.pause();
-    let stock = pair.inventory.add_stock(&sale, 5, &key).await;
+    // So does an order that is claimed again.
+    let uid = Uid::new("u").unwrap();
+    let head = OrderId::head_of(CenterNumber::new(1).unwrap(), uid.table(), 0, Epoch(0));
+    let order_id = OrderId::from_parts(head, 77).unwrap();
+    let lost = [ReclaimEntry { order_id, uid, quantity: Quantity::ONE, key }];
+    let (stock, claimed) =
+        tokio::join!(pair.inventory.add_stock(&sale, 5, &key), pair.inventory.reclaim(&sale, &lost));
     assert!(matches!(stock, Err(SaleError::Unavailable(Unavailable::NotReplicated))));
+    assert!(matches!(claimed, Err(Unavailable::NotReplicated)));
     pair.replica.resume();
+    let claimed = pair.inventory.reclaim(&sale, &lost).await.unwrap();
+    assert_eq!(claimed.outcomes, [ReclaimOutcome::Held]);
     let stock = pair.inventory.add_stock(&sale, 5, &key).await.unwrap();
     assert!(stock.replayed);
     assert_eq!(stock.total, 1_000_005);

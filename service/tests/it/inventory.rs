@@ -5,9 +5,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use seckill::config::{InventoryConfig, LedgerConfig, SecretUrl};
+use seckill::cross_center::calls::ReclaimOutcome;
 use seckill::inventory::{Accepted, Inventory, Parts, Purchase, PurchaseError};
 use seckill::topology::{Authority, Center, FileStore, Limits, Topology, TopologyHandle};
-use seckill_domain::{CenterId, CenterNumber, IdempotencyKey, Quantity, SaleId, SalePhase, SaleSpec, Uid};
+use seckill_domain::{
+    CenterId, CenterNumber, Epoch, IdempotencyKey, OrderId, Quantity, SaleId, SalePhase, SaleSpec, Uid,
+};
+use seckill_ledger::admin::ReclaimEntry;
 use seckill_ledger::testkit::RedisServer;
 use seckill_ledger::{Executed, Fence, ReleaseEntry, StateChange};
 use serde_json::json;
@@ -144,6 +148,27 @@ async fn stock_that_comes_back_is_sold_and_its_buyer_is_a_winner_like_any_other(
         assert_eq!(shop.buy(&sale, &holder.0, "k").await.unwrap().order_id, holder.1.order_id);
         holder = (uid, accepted);
     }
+}
+
+// M3, H6.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_winner_whose_order_was_claimed_again_never_hears_sold_out() {
+    let shop = Shop::open(InventoryConfig::default()).await;
+    let sale = shop.sale("s", 1).await;
+    let first = shop.buy(&sale, "u0", "k").await.unwrap();
+    // The winners are indexed by now.
+    shop.until_marked(&sale).await;
+    shop.release(&sale, "u0", &first).await;
+    let Purchase { uid, key, .. } = purchase(&sale, "lost", "k");
+    let head = OrderId::head_of(CenterNumber::new(1).unwrap(), uid.table(), 0, Epoch(0));
+    let order_id = OrderId::from_parts(head, 77).unwrap();
+    let lost = ReclaimEntry { order_id, uid, quantity: Quantity::ONE, key };
+    let answer = shop.inventory.reclaim(&sale, &[lost]).await.unwrap();
+    assert_eq!((answer.outcomes, answer.kept_at), (vec![ReclaimOutcome::Claimed], None));
+    shop.until_marked(&sale).await;
+    let again = shop.buy(&sale, "lost", "k").await.unwrap();
+    assert_eq!((again.order_id, again.replayed), (order_id, true));
+    assert_eq!(shop.buy(&sale, "u0", "k").await.unwrap().order_id, first.order_id);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use http::HeaderValue;
 use http::request::Parts;
 use seckill::cross_center::calls::{
-    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RELEASE, RESERVE, RESTORE,
+    AUDIT_ORDERS, AUDIT_QUEUE, AUDIT_ROWS, AUDIT_UNREADABLE, OUTBOX, RECLAIM, RELEASE, RESERVE, RESTORE,
     ReserveAnswer, ReserveOutcome, SALE,
 };
 use seckill::cross_center::session::{Hello, Now, Opening, Sessions};
@@ -288,6 +288,7 @@ async fn every_call_of_the_internal_listener_refuses_what_is_unsigned_changed_or
     for (path, body) in [
         (RESERVE, purchase(&sale, "once")),
         (RELEASE, json!({"sale_id": sale, "orders": [["1000000010000000001", "u"]]})),
+        (RECLAIM, json!({"sale_id": sale, "orders": [["1000000010000000001", "u", 2000, "00".repeat(16)]]})),
         (OUTBOX, Value::Null),
         (SALE, json!({"sale_id": sale})),
         (AUDIT_ROWS, json!({"from": 0, "until": 1, "after": ""})),
