@@ -19,6 +19,8 @@ pub(super) struct Book {
     pub(super) in_flight: u64,
     pub(super) releases_in_flight: u64,
     pub(super) accepted_loss: u64,
+    /// Some of these.
+    pub(super) lost_orders: Vec<OrderId>,
     pub(super) violations: Vec<Violation>,
     pub(super) violation_count: u64,
     /// Users seen above the limit, to be held against the row's final limit.
@@ -39,6 +41,7 @@ impl Book {
             in_flight: 0,
             releases_in_flight: 0,
             accepted_loss: 0,
+            lost_orders: Vec::new(),
             violations: Vec::new(),
             violation_count: 0,
             above: Vec::new(),
@@ -54,6 +57,14 @@ impl Book {
         self.violation_count += 1;
         if self.violations.len() < MAX_LISTED {
             self.violations.push(Violation { code, detail: detail.into(), order_id });
+        }
+    }
+
+    /// An order that is known to be gone.
+    pub(super) fn accept_loss(&mut self, order_id: OrderId) {
+        self.accepted_loss += 1;
+        if self.lost_orders.len() < MAX_LISTED {
+            self.lost_orders.push(order_id);
         }
     }
 
@@ -73,7 +84,9 @@ impl Book {
             orders: self.orders,
             in_flight: self.in_flight,
             releases_in_flight: self.releases_in_flight,
+            reclaimed: row.map_or(0, |row| row.reclaimed),
             accepted_loss: self.accepted_loss,
+            lost_orders: self.lost_orders,
             violation_count: self.violation_count,
             violations: self.violations,
         }

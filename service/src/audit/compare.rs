@@ -391,9 +391,10 @@ impl<C: ConnectionLike> Round<'_, C> {
                 }
                 continue;
             }
-            // Every adoption begins an epoch: what an older one lost is known and takes nothing from anybody.
+            // Every adoption and every forced shift begins an epoch: what an older one lost is known and takes nothing
+            // from anybody.
             if is_closed(order.status) && (order.lost || outbox_id.epoch < epoch) {
-                book.accepted_loss += 1;
+                book.accept_loss(order_id);
                 continue;
             }
             let what =

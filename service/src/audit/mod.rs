@@ -40,7 +40,7 @@ use tokio::sync::Semaphore;
 
 use crate::orders::{self, OrderCenters};
 
-/// Violations of one sale that are listed; the rest is counted.
+/// Violations, and lost orders, of one sale that are listed; the rest is counted.
 pub const MAX_LISTED: usize = 100;
 
 /// One audit at a time: a second one would only slow both down.
@@ -98,8 +98,13 @@ pub struct SaleReport {
     pub in_flight: u64,
     /// Closed orders whose units are on their way back to the ledger.
     pub releases_in_flight: u64,
-    /// Closed orders of earlier epochs that the ledger knows nothing of: what an adoption accepted as lost.
+    /// Orders that were claimed again after their claims were lost: by an adoption, or from a lost master's tail.
+    pub reclaimed: u64,
+    /// Closed orders that the ledger knows nothing of: what a forced shift or an adoption accepted as lost.
     pub accepted_loss: u64,
+    /// The first [`MAX_LISTED`] of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub lost_orders: Vec<OrderId>,
     /// How many violations there are.
     pub violation_count: u64,
     /// The first [`MAX_LISTED`] of them.

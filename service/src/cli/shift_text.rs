@@ -8,7 +8,7 @@ use seckill_domain::Shard;
 
 use super::output::{aligned, print};
 use crate::topology::{
-    Check, CheckVerdict, Exposure, Shift, ShiftKind, ShiftMode, ShiftState, Step, StepState, Topology,
+    Check, CheckVerdict, Exposure, Shift, ShiftKind, ShiftMode, ShiftState, Step, StepState, Tail, Topology,
 };
 
 /// The longest duration in milliseconds that is shown as such.
@@ -186,6 +186,9 @@ pub(super) fn whole(shift: &Shift) -> String {
     add("exposure", shift.exposure.as_ref().map(exposed));
     add("loss accepted", shift.accept_loss.then(|| "yes".to_owned()));
     add("held", shift.held_ms.map(duration));
+    for each in &shift.tails {
+        add("saved tail", Some(tail(each)));
+    }
     text.push_str(&indented(&aligned(&[], rows)));
     for each in &shift.steps {
         match each.state {
@@ -197,15 +200,47 @@ pub(super) fn whole(shift: &Shift) -> String {
     text
 }
 
+/// What only the old master had, and what became of it.
+fn tail(tail: &Tail) -> String {
+    let Tail { file, entries, orders, settled } = tail;
+    let mut text = format!("{file} ({entries} entries, {orders} orders)");
+    match settled {
+        None => text.push_str(", not settled yet"),
+        Some(settled) => text.push_str(&format!(
+            ", settled {}: {} of {} orders claimed again, {} cancelled, {} paid without a claim",
+            settled.settled_at,
+            settled.claimed_again,
+            settled.orders,
+            settled.cancelled,
+            settled.paid_without_claim,
+        )),
+    }
+    text
+}
+
+/// The same of all tails, in a word or two.
+fn tails(tails: &[Tail]) -> String {
+    let orders: u64 = tails.iter().map(|tail| tail.orders).sum();
+    match tails.iter().filter(|tail| tail.settled.is_none()).count() {
+        _ if tails.is_empty() => "-".to_owned(),
+        0 => format!("{orders} orders, settled"),
+        open => format!("{orders} orders, {open} of {} not settled", tails.len()),
+    }
+}
+
 /// Shifts, a line for each.
 pub(super) fn table<'a>(list: impl Iterator<Item = &'a Shift>) -> String {
+    let list: Vec<&Shift> = list.collect();
+    // A rare column: only a forced shift whose old master came back with something of its own has it.
+    let saved = list.iter().any(|shift| !shift.tails.is_empty());
     let rows: Vec<Vec<String>> = list
+        .iter()
         .map(|shift| {
             let what = match shift.kind {
                 ShiftKind::Master => "master".to_owned(),
                 ShiftKind::Shards => shards(&shift.shards),
             };
-            vec![
+            let mut row = vec![
                 shift.id.clone(),
                 what,
                 mode(shift.mode).to_owned(),
@@ -213,14 +248,22 @@ pub(super) fn table<'a>(list: impl Iterator<Item = &'a Shift>) -> String {
                 state(shift.state).to_owned(),
                 shift.held_ms.map_or_else(|| "-".to_owned(), duration),
                 shift.started_at.clone(),
-                shift.actor.clone(),
-                shift.reason.clone(),
-            ]
+            ];
+            if saved {
+                row.push(tails(&shift.tails));
+            }
+            row.extend([shift.actor.clone(), shift.reason.clone()]);
+            row
         })
         .collect();
+    let mut header = vec!["id", "what", "mode", "way", "state", "held", "started"];
+    if saved {
+        header.push("saved tail");
+    }
+    header.extend(["by", "reason"]);
     match rows.is_empty() {
         true => "no shifts\n".to_owned(),
-        false => aligned(&["id", "what", "mode", "way", "state", "held", "started", "by", "reason"], rows),
+        false => aligned(&header, rows),
     }
 }
 
@@ -337,6 +380,7 @@ impl Progress {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::topology::Settled;
 
     fn step_of(name: &str, state: StepState, took_ms: Option<u64>) -> Step {
         Step {
@@ -357,6 +401,33 @@ mod tests {
         };
         assert_eq!(of(&[0, 1, 2, 7, 62, 63]), "shards 0-2, 7, 62-63");
         assert_eq!(of(&[5]), "shard 5");
+    }
+
+    #[test]
+    fn a_saved_tail_is_named_with_its_counts_and_with_what_became_of_it() {
+        let mut shift = Shift::of_a_test();
+        assert!(!whole(&shift).contains("saved tail"));
+        assert!(!table([&shift].into_iter()).contains("saved tail"));
+        let saved = |file: &str, orders| Tail { file: file.to_owned(), entries: 3, orders, settled: None };
+        shift.tails = vec![saved("/d/diverged-4-1.ndjson", 40), saved("/d/diverged-4-2.ndjson", 2)];
+        let settled_at = "2026-01-01T00:01:00Z".to_owned();
+        shift.tails[1].settled =
+            Some(Settled { orders: 2, claimed_again: 1, cancelled: 1, paid_without_claim: 0, settled_at });
+        let text = whole(&shift);
+        for line in [
+            "  saved tail    /d/diverged-4-1.ndjson (3 entries, 40 orders), not settled yet",
+            "  saved tail    /d/diverged-4-2.ndjson (3 entries, 2 orders), settled 2026-01-01T00:01:00Z: 1 of 2 orders claimed again, 1 cancelled, 0 paid without a claim",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+        }
+        let other = Shift { id: "shift-1".to_owned(), tails: Vec::new(), ..shift.clone() };
+        let list = table([&shift, &other].into_iter());
+        let lines: Vec<&str> = list.lines().collect();
+        assert!(lines[0].contains("  saved tail") && lines[0].ends_with("reason"), "{list}");
+        assert!(lines[1].contains("  42 orders, 1 of 2 not settled  ops"), "{list}");
+        assert!(lines[2].contains("Z  -  ") && lines[2].ends_with("ops"), "{list}");
+        shift.tails.remove(0);
+        assert!(table([&shift].into_iter()).contains("  2 orders, settled"), "{list}");
     }
 
     #[test]

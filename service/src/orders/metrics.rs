@@ -19,6 +19,10 @@ pub struct OrderMetrics {
     pub expired: Counter,
     /// Orders cancelled by their buyers.
     pub cancelled: Counter,
+    /// Orders of a saved tail that were missing and were stored (H6).
+    pub put_back: Counter,
+    /// Orders that were cancelled because their claim is lost: by a replayed tail or an adoption.
+    pub accepted_loss: Counter,
     /// Orders paid.
     pub paid: Counter,
     /// Payments that came too late.
@@ -48,6 +52,12 @@ impl OrderMetrics {
         orders.register("unreadable", "Outbox entries set aside as unreadable", self.unreadable.clone());
         orders.register("expired", "Orders that expired unpaid", self.expired.clone());
         orders.register("cancelled", "Orders cancelled by their buyers", self.cancelled.clone());
+        orders.register("put_back", "Missing orders stored from a saved tail", self.put_back.clone());
+        orders.register(
+            "accepted_loss",
+            "Orders cancelled because their claim is lost",
+            self.accepted_loss.clone(),
+        );
         orders.register("paid", "Orders paid", self.paid.clone());
         orders.register("refunds", "Payments that came too late", self.refunds.clone());
         orders.register("released", "Releases that the ledger answered", self.released.clone());

@@ -433,7 +433,7 @@ impl Write for CancelLost {
     }
 
     fn committed(&self, cancelled: &Vec<OrderId>, hub: &Hub) {
-        hub.metrics.cancelled.inc_by(cancelled.len() as u64);
+        hub.metrics.accepted_loss.inc_by(cancelled.len() as u64);
         hub.updates.notify(cancelled.iter().copied());
     }
 }

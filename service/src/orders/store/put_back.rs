@@ -89,7 +89,8 @@ impl Write for Restore {
 
     fn committed(&self, restored: &Restored, hub: &Hub) {
         hub.metrics.stored.inc_by(restored.done.inserted);
-        hub.metrics.cancelled.inc_by(restored.cancelled);
+        hub.metrics.put_back.inc_by(restored.done.inserted);
+        hub.metrics.accepted_loss.inc_by(restored.cancelled);
         hub.updates.notify(self.0.orders());
     }
 }
