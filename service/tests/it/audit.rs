@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use redis::aio::MultiplexedConnection;
 use seckill::audit::{self, Report, Verdict};
-use seckill::orders::{OrderCenters, OrderStore, StoreBatch, StoreOptions};
+use seckill::orders::{OrderCenters, OrderStore, Payment, PaymentId, PutBack, StoreBatch, StoreOptions};
 use seckill_domain::{
-    CenterId, CenterNumber, IdempotencyKey, OrderId, OutboxId, Quantity, SaleId, SaleSpec, Uid,
+    CenterId, CenterNumber, IdempotencyKey, OrderId, OrderRecord, OutboxId, Quantity, SaleId, SaleSpec, Uid,
 };
 use seckill_ledger::outbox::Event;
 use seckill_ledger::testkit::RedisServer;
@@ -218,6 +218,43 @@ async fn a_missing_a_moved_and_a_changed_order_are_violations() {
         ["claim_without_order", "order_differs", "order_unreadable", "wrong_table"],
         "{report:?}"
     );
+}
+
+#[tokio::test]
+async fn an_order_that_was_lost_with_its_master_is_listed_and_one_that_is_paid_is_a_violation() {
+    let mut books = Books::open(100).await;
+    books.buy(&uids(0..3)).await;
+    let page = outbox::read(&mut books.conn, OutboxId::ZERO, 100).await.unwrap();
+    let known = page.entries.into_iter().find_map(|entry| match entry.event.unwrap() {
+        Event::Orders(orders) => orders.into_iter().next(),
+        _ => None,
+    });
+    let known = known.unwrap();
+    books.store_all().await;
+    // Accepted by a master that is gone: this ledger never heard of them.
+    let [unpaid, paid] = ["unpaid", "paid"].map(|uid| {
+        let uid = Uid::new(uid).unwrap();
+        let head = OrderId::head_of(CenterNumber::new(1).unwrap(), uid.table(), 0, books.fence.epoch);
+        let order_id = OrderId::from_parts(head, known.order_id.seq()).unwrap();
+        OrderRecord { order_id, uid, ..known.clone() }
+    });
+    let lost = vec![unpaid.order_id, paid.order_id];
+    let call = PutBack { records: vec![unpaid.clone(), paid.clone()], ..PutBack::default() };
+    assert_eq!(books.store.put_back(call).await.unwrap().inserted, 2);
+    let payment = Payment {
+        order_id: paid.order_id,
+        payment_id: PaymentId::new("p").unwrap(),
+        amount: paid.amount(),
+        coupon_id: None,
+    };
+    books.store.pay(payment).await.unwrap();
+    let done = books.store.put_back(PutBack { lost, ..PutBack::default() }).await.unwrap();
+    assert_eq!((done.cancelled, done.paid_without_claim), (1, vec![paid.order_id]));
+    let report = books.audit().await;
+    let sale = &report.sales[0];
+    assert_eq!((sale.accepted_loss, &*sale.lost_orders), (1, &[unpaid.order_id][..]), "{report:?}");
+    assert_eq!(codes(&report), ["order_without_claim"], "{report:?}");
+    assert_eq!(sale.violations[0].order_id, Some(paid.order_id));
 }
 
 #[tokio::test]
