@@ -36,8 +36,7 @@ pub async fn ping_period(conn: &mut impl ConnectionLike) -> Option<u64> {
 
 /// Lifts a master's fence to that of the next master and holds up its writes for `pause_ms`, all in one round trip:
 /// whatever arrives later is refused by the fence or waits. The connection watches the fence from then on, for
-/// [`follow`], so nobody else may use it. `ping_s`: what [`ping_period`] answered. A server that has the fence already
-/// is held up and watched all the same.
+/// [`follow`], so nobody else may use it. `ping_s`: what [`ping_period`] answered.
 ///
 /// After an error nobody knows how far it came: [`resume`] ends the pause, and the fence is that of an epoch that is
 /// recorded and never used again (H1).
@@ -73,7 +72,52 @@ pub async fn fence_and_pause(
     }
 }
 
-/// Makes the server that [`fence_and_pause`] fenced on this connection the replica of the new master, if the fence is
+/// A server that is held up again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Held {
+    /// Where its stream of changes ends, bytes.
+    pub offset: u64,
+    /// What [`follow`] restores.
+    pub ping_s: Option<u64>,
+}
+
+/// Holds up the writes of a master that has this fence already, and watches the fence, as [`fence_and_pause`] does, for
+/// whoever goes on in the place of the one that fenced it. `None`: it has another fence or follows somebody, and
+/// nothing happened; a replica that is held up would not apply what its master sends.
+///
+/// Nothing in this is a write, which would wait until a pause ends that the one before left behind.
+pub async fn hold(
+    conn: &mut impl ConnectionLike,
+    fence: &Fence,
+    pause_ms: u64,
+) -> Result<Option<Held>, Error> {
+    let mut look = redis::pipe();
+    look.cmd("WATCH").arg(keys::FENCE).ignore().cmd("GET").arg(keys::FENCE).cmd("ROLE");
+    let (watched, role): (Option<String>, Value) = look.query_async(conn).await?;
+    let same = watched.as_deref() == Some(fence.to_string().as_str());
+    if !same || !matches!(Role::parse(role)?, Role::Master { .. }) {
+        redis::cmd("UNWATCH").query_async::<()>(conn).await?;
+        return Ok(None);
+    }
+    let ping_s = ping_period(conn).await;
+    let mut hold = redis::pipe();
+    if ping_s.is_some() {
+        hold.cmd("CONFIG").arg("SET").arg(PING_PERIOD).arg(PING_HELD_S).ignore();
+    }
+    hold.cmd("CLIENT").arg("PAUSE").arg(pause_ms).arg("WRITE").ignore().cmd("ROLE");
+    let (role,): (Value,) = hold.query_async(conn).await?;
+    match Role::parse(role)? {
+        Role::Master { offset, .. } => Ok(Some(Held { offset, ping_s })),
+        // Somebody was faster.
+        Role::Replica { .. } => {
+            resume(conn).await?;
+            redis::cmd("UNWATCH").query_async::<()>(conn).await?;
+            Ok(None)
+        }
+    }
+}
+
+/// Makes the server that [`fence_and_pause`] fenced on this connection, or [`hold`] held up, the replica of the new master, if the fence is
 /// still the same (S2), and lets its writes go on, which are refused there. Returns whether it happened.
 pub async fn follow(
     conn: &mut impl ConnectionLike,

@@ -4,6 +4,7 @@
 
 mod failures;
 mod fences;
+mod handover;
 mod histories;
 mod model;
 mod outbox;

@@ -1,7 +1,5 @@
 //! Changes of role: only under the fence that whoever orders them expects (S2).
 
-use std::time::{Duration, Instant};
-
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::{Cmd, Pipeline, RedisFuture, Value};
 use seckill_domain::{CenterId, Epoch};
@@ -10,7 +8,7 @@ use seckill_ledger::roles::{Role, follow, isolate, open_as_source, promote, stan
 use seckill_ledger::testkit::RedisServer;
 use seckill_ledger::{Fence, outbox, read};
 
-use crate::support::{Ledger, uid};
+use crate::support::{Ledger, eventually, uid};
 
 /// A connection that is held up before it sends a `MULTI`, as a coordinator that is paused after it looked at the
 /// fence: meanwhile somebody else lifts it.
@@ -87,14 +85,6 @@ async fn a_role_changes_only_under_the_expected_fence() {
     assert!(!follow(&mut conn, Some(&other), "127.0.0.1", 1).await.unwrap());
     assert!(follow(&mut conn, None, "127.0.0.1", 1).await.unwrap());
     assert!(standing(&mut conn).await.unwrap().role.is_isolated());
-}
-
-async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !check().await {
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 #[tokio::test]

@@ -1,5 +1,7 @@
 //! A ledger on a server of its own, and short names for what tests do with it.
 
+use std::time::{Duration, Instant};
+
 use redis::aio::MultiplexedConnection;
 use seckill_domain::{CenterNumber, IdempotencyKey, KeyDigest, OrderId, Quantity, SaleId, SaleSpec, Uid};
 use seckill_ledger::testkit::RedisServer;
@@ -118,5 +120,14 @@ pub(crate) fn entry(user: &str, idempotency_key: &str, quantity: u32) -> Reserve
         quantity: Quantity::new(quantity).unwrap(),
         center: CenterNumber::new(1).unwrap(),
         traceparent: None,
+    }
+}
+
+/// Waits until something is true.
+pub(crate) async fn eventually(what: &str, mut check: impl AsyncFnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !check().await {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }

@@ -129,15 +129,14 @@ impl Coordinator {
         let topology = shared.topology.current();
         let held = async {
             let mut source = connect(&shared, &topology, &self.shift.from).await.ok()?;
-            let ping_s = handover::ping_period(&mut source).await;
-            let held = handover::fence_and_pause(&mut source, &to, &to, PAUSE_MS, ping_s).await.ok()?;
-            matches!(held.outcome, FenceOutcome::Same).then_some((source, ping_s, held.offset))
+            let held = handover::hold(&mut source, &to, PAUSE_MS).await.ok()??;
+            Some((source, held))
         };
-        let Ok(Some((source, ping_s, offset))) = tokio::time::timeout(HOLD_MAX, held).await else { return };
-        (self.source, self.source_ping_s) = (Some(source), ping_s);
+        let Ok(Some((source, held))) = tokio::time::timeout(HOLD_MAX, held).await else { return };
+        (self.source, self.source_ping_s) = (Some(source), held.ping_s);
         self.target = connect(&shared, &topology, &self.shift.to).await.ok();
         // It has what counts; the rest only saves the copy.
-        let _ = self.catch_up(offset, Instant::now() + HOLD_MAX).await;
+        let _ = self.catch_up(held.offset, Instant::now() + HOLD_MAX).await;
         fail_point("held_again");
     }
 
