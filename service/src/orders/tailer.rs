@@ -64,9 +64,10 @@ impl Tailer {
         let mut streak = Streak::default();
         while !token.is_cancelled() {
             match self.follow(&token, &mut streak).await {
-                Ok(()) | Err(Halt::Store(Error::Closed)) => return,
-                // Somebody else stored these entries: read the position again.
-                Err(Halt::Store(Error::PositionMoved { .. })) => {}
+                Err(Halt::Store(Error::Closed)) => return,
+                // It was told to stop, or the position may be another one: shards have come to this center, or
+                // somebody else stored these entries. Then it is read again.
+                Ok(()) | Err(Halt::Store(Error::PositionMoved { .. })) => {}
                 Err(halt) => {
                     self.store.metrics().retries.inc();
                     streak.failed("tailer", &halt);
