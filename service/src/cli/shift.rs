@@ -261,7 +261,16 @@ async fn shift(request: Request, topology: &Topology, service: &ServiceArgs, for
         // What was confirmed is what was shown.
         expected = expected.or(Some(planned.from_epoch.0));
     }
-    let started = start(&mut follower, &request, expected, false, format).await?;
+    // From here on Ctrl-C cannot say that nothing happened.
+    let started = tokio::select! {
+        started = start(&mut follower, &request, expected, false, format) => started?,
+        _ = tokio::signal::ctrl_c() => {
+            return Err(Failure::unknown(
+                "interrupted before the service answered: the shift may have begun, and goes on by itself then; \
+                 `seckill shift list` shows whether it did",
+            ));
+        }
+    };
     follower.last = Some(started.clone());
     ended(&mut follower, started, request.how.timeout, format).await
 }

@@ -207,7 +207,7 @@ impl Relay {
         let timeout = match call.path.ends_with("/audit") {
             true => AUDIT_TIMEOUT,
             false if shift && call.method == "GET" => SHIFT_READ_TIMEOUT,
-            false if shift => SHIFT_TIMEOUT,
+            false if shift && !call.path.ends_with("/abort") => SHIFT_TIMEOUT,
             false => TIMEOUT,
         };
         cross.call(to, RELAY, &call, timeout).await.map_err(|error: CallError| {

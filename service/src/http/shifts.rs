@@ -86,7 +86,13 @@ pub(super) async fn start(state: Arc<AdminState>, mut call: Call) -> Result<Resp
     let key = call.idempotency_key_if_any()?;
     let request = call.peek::<ShiftBody>().await?.request(key)?;
     if let Some(target) = state.relay.other_center(&request.to) {
-        return state.relay.forward(&target, &mut call, Vouched::Admin(actor.to_string())).await;
+        let answered = state.relay.forward(&target, &mut call, Vouched::Admin(actor.to_string())).await;
+        // Its service may have died after it recorded the shift: who asks again under the same key is told of it here.
+        let recorded = request.key.as_deref().and_then(|key| state.shifts.find_by_key(key));
+        return match (answered, recorded) {
+            (Err(problem), Some(shift)) if problem.code() == Code::CenterUnreachable => begun(&shift),
+            (answered, _) => answered,
+        };
     }
     let dry_run = request.dry_run;
     let shift = state.shifts.start(request, &actor.to_string()).await?;

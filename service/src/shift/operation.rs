@@ -275,6 +275,11 @@ impl Shifts {
         recorded.or_else(|| self.shared.live().clone().filter(|live| live.id == id))
     }
 
+    /// The shift that was recorded under the key of a request.
+    pub fn find_by_key(&self, key: &str) -> Option<Shift> {
+        by_key(&self.shared.topology.current(), key).map(|shift| self.shared.merged(shift))
+    }
+
     /// Gives a shift up that is not decided yet: its coordinator, wherever it is, has lost it when this returns, and
     /// everything is as before at a new epoch.
     pub async fn abort(&self, id: &str, actor: &str) -> Result<Shift, ShiftError> {
