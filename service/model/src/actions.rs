@@ -200,7 +200,7 @@ impl fmt::Display for Action {
             A::BeginAttach { center } => write!(f, "guardian {center} is about to attach Redis {center}"),
             A::Act { center } => write!(f, "guardian {center} gives Redis {center} the role"),
             A::LiftTopology { center } => {
-                write!(f, "guardian {center} lifts the topology to the epoch of Redis {center}'s fence")
+                write!(f, "guardian {center} lifts the topology past the epoch of Redis {center}'s fence")
             }
             A::Degrade { center } => write!(f, "guardian {center} takes the other center's replica off"),
             A::BeginReturn { center } => {

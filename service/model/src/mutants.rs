@@ -98,12 +98,13 @@ pub const MUTANTS: &[Mutant] = &[
         breaks: Some(Property::NothingAcknowledgedIsLost),
         setup: Setup { faults: PLANNED, ..DEGRADED },
     },
-    // With two centers that stop heeding the record of a shift besides, both accept in one epoch: nothing less does it.
+    // With two centers that stop heeding the record of a shift besides, and a number that is used twice, both accept in
+    // one epoch: nothing less does it.
     Mutant {
         rule: Rule::F1,
         breaks: Some(Property::OneMasterPerEpoch),
         setup: Setup {
-            rules: Rules::ALL.without(Rule::A3).without(Rule::S3Idle),
+            rules: Rules::ALL.without(Rule::A3).without(Rule::S3Idle).without(Rule::H1Once),
             only: Some(Property::OneMasterPerEpoch),
             faults: FORCED,
             ..LOCAL
@@ -230,6 +231,18 @@ pub const MUTANTS: &[Mutant] = &[
         breaks: Some(Property::SalesGoOn),
         setup: Setup { faults: PLANNED, ..REPLICATED },
     },
+    // The other half of the story without F1: what is lifted to the number of an attempt has two masters in it.
+    Mutant {
+        rule: Rule::H1Once,
+        breaks: Some(Property::OneMasterPerEpoch),
+        setup: Setup {
+            rules: Rules::ALL.without(Rule::F1).without(Rule::A3).without(Rule::S3Idle),
+            only: Some(Property::OneMasterPerEpoch),
+            faults: FORCED,
+            ..LOCAL
+        },
+    },
+    Mutant { rule: Rule::H1Once, breaks: None, setup: Setup { faults: FORCED, ..REPLICATED } },
     Mutant {
         rule: Rule::H3Decide,
         breaks: Some(Property::NothingAcknowledgedIsLost),

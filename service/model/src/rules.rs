@@ -46,6 +46,8 @@ pub enum Rule {
     H1Abort,
     /// H1: with no shift recorded the guardian lifts the lower of fence and topology to the higher.
     H1Lift,
+    /// H1: a number is used once: the topology is lifted to the epoch after that of the fence that is ahead of it.
+    H1Once,
     /// H3: the topology's compare-and-set decides, not the promotion.
     H3Decide,
     /// H3: a compare-and-set without an answer is read again and never taken as failed.
@@ -60,7 +62,7 @@ pub enum Rule {
 
 impl Rule {
     /// All of them.
-    pub const ALL: [Rule; 25] = [
+    pub const ALL: [Rule; 26] = [
         Rule::F1,
         Rule::A1,
         Rule::A2,
@@ -81,6 +83,7 @@ impl Rule {
         Rule::D3,
         Rule::H1Abort,
         Rule::H1Lift,
+        Rule::H1Once,
         Rule::H3Decide,
         Rule::H3Unknown,
         Rule::H4,
@@ -111,6 +114,7 @@ impl Rule {
             Rule::D3 => "D3",
             Rule::H1Abort => "H1-abort",
             Rule::H1Lift => "H1-lift",
+            Rule::H1Once => "H1-once",
             Rule::H3Decide => "H3-decide",
             Rule::H3Unknown => "H3-unknown",
             Rule::H4 => "H4",

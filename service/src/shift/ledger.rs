@@ -242,13 +242,14 @@ impl Ledger {
             && run.is_some_and(|run| run.run_id == standing.run_id)
     }
 
-    /// Lifts the topology's epoch to that of a fence that is ahead of it (H1).
-    pub(crate) async fn lift_topology(&self, to: Epoch) -> Result<(), LedgerError> {
+    /// Lifts a topology that a fence is ahead of to the epoch after that fence's, whosever it is: the number of an
+    /// epoch is used once (H1).
+    pub(crate) async fn lift_topology(&self, ahead: Epoch) -> Result<(), LedgerError> {
         self.change_topology(move |topology| {
             if topology.master_shift().is_some() {
                 return Err("a shift is recorded in the topology");
             }
-            topology.epoch = topology.epoch.max(to);
+            topology.epoch = topology.epoch.max(ahead.next());
             Ok(())
         })
         .await

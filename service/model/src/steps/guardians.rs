@@ -143,7 +143,10 @@ impl Steps<'_> {
                 state.service_mut(center).order = Some(Order::Attach { expected: fence });
             });
         } else if self.keep(Rule::H1Lift) && self.is_left_to_guardians() && topology.epoch < fence.epoch {
-            self.then(Action::LiftTopology { center }, |state| state.topology.epoch = fence.epoch);
+            let epoch = fence.epoch + u8::from(self.keep(Rule::H1Once));
+            if Self::fits(epoch) {
+                self.then(Action::LiftTopology { center }, |state| state.topology.epoch = epoch);
+            }
         }
     }
 

@@ -108,6 +108,20 @@ impl TopologyStore for Reached {
     }
 }
 
+/// Changes the topology, whatever others do to it.
+fn change(store: &FileStore, change: impl Fn(&mut Topology)) {
+    loop {
+        let found = store.load().unwrap();
+        let mut next = Topology::clone(&found.topology);
+        change(&mut next);
+        match store.compare_and_set(Some(found.revision), &next) {
+            Ok(_) => return,
+            Err(StoreError::Conflict { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
 impl Pair {
     /// Two centers, a the master, with this durability; nothing runs but the servers.
     async fn stopped(durability: Durability) -> Pair {
@@ -174,17 +188,8 @@ impl Pair {
         Topology::clone(&self.store().load().unwrap().topology)
     }
 
-    fn change(&self, change: impl Fn(&mut Topology)) {
-        loop {
-            let found = self.store().load().unwrap();
-            let mut next = Topology::clone(&found.topology);
-            change(&mut next);
-            match self.store().compare_and_set(Some(found.revision), &next) {
-                Ok(_) => return,
-                Err(crate::topology::StoreError::Conflict { .. }) => {}
-                Err(error) => panic!("{error}"),
-            }
-        }
+    fn change(&self, change_it: impl Fn(&mut Topology)) {
+        change(&self.store(), change_it);
     }
 
     async fn start(&mut self, id: &'static str) {
@@ -570,20 +575,29 @@ async fn a_replica_with_another_ledger_is_left_alone_and_the_message_says_what_t
     assert!(matches!(pair.standing("b").await.role, Role::Master { .. }));
 }
 
-// H1: a delayed fence must not keep a replica away for ever.
+// H1: a delayed fence must not keep a replica away for ever, and its number is never an epoch of the topology's.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_whose_fence_is_ahead_lifts_the_topology() {
     let mut pair = Pair::in_sync().await;
     let before = pair.until_sells("a sells", |_| true).await;
     pair.stop("b").await;
+    // Nobody but b changes the topology.
+    pair.stop("a").await;
     let ahead = before.at(Epoch(before.epoch.0 + 5));
     let mut conn = pair.centers["b"].server.connect().await;
     let lift = FenceChange::Lift { from: before.clone() };
     let outcome = roles::promote(&mut conn, Some(&before.to_string()), &lift, &ahead).await.unwrap();
     assert_eq!(outcome, Some(FenceOutcome::Set));
     pair.start("b").await;
+    let lifted = eventually("the topology is lifted", async || {
+        let epoch = pair.topology().epoch;
+        (epoch != before.epoch).then_some(epoch)
+    })
+    .await;
+    assert_eq!(lifted, ahead.epoch.next(), "the fence at epoch {} was somebody's", ahead.epoch);
+    pair.start("a").await;
     let after = pair.until_in_sync(ahead.epoch).await;
-    assert!(after.epoch > ahead.epoch);
+    assert!(after.epoch > lifted);
 }
 
 // K1: `WAIT 1` is satisfied by any replica, also by one that nobody would promote.
