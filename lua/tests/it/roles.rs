@@ -61,7 +61,7 @@ async fn a_coordinator_that_wakes_up_after_the_fence_changed_changes_no_role() {
             "follow" => follow(&mut conn, Some(&expected), "127.0.0.1", 1).await.unwrap(),
             _ => open_as_source(&mut conn, &expected).await.unwrap(),
         };
-        assert!(!changed, "{what}");
+        assert!(!changed, "{what}: the role changed under another fence");
         let now = standing(&mut ledger.server.connect().await).await.unwrap();
         assert_eq!(now.fence, Some(later.to_string()));
         assert!(matches!(now.role, Role::Master { .. }), "{what}: {:?}", now.role);

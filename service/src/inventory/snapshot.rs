@@ -144,6 +144,19 @@ impl SalesView {
     }
 }
 
+#[cfg(test)]
+impl SalesView {
+    /// A picture of one sale.
+    pub(super) fn of_a_test(sale: Sale, at: OutboxId) -> SalesView {
+        let id = sale.spec.sale_id.clone();
+        let phase = SalePhase::at(sale.starts_at, sale.state, sale.starts_at, sale.ends_at, sale.remaining);
+        let (body, etag) = (OnceLock::new(), OnceLock::new());
+        let view = SaleView { sale: Arc::new(sale), phase, as_of: Millis(0), age_ms: 0, body, etag };
+        let (order, loaded) = (vec![id.clone()], true);
+        SalesView { sales: HashMap::from([(id, view)]), order, at, loaded, ..SalesView::default() }
+    }
+}
+
 impl SaleView {
     /// The body of `GET /v1/sales/{id}`, made once for each snapshot.
     pub fn body(&self) -> Bytes {

@@ -365,3 +365,6 @@ pub(super) fn at(fence: Option<&str>, seq: u64) -> OutboxId {
     let epoch = fence.and_then(|text| text.parse::<Fence>().ok()).map_or(0, |fence| fence.epoch.0);
     OutboxId { epoch, seq }
 }
+
+#[cfg(test)]
+mod tests;

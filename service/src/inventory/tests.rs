@@ -178,7 +178,8 @@ async fn a_barrier_is_refused_once_another_epoch_began() {
     let change = FenceChange::Lift { from: pair.fence.clone() };
     let outcome = set_fence(&mut pair.master.connect().await, &change, &to).await.unwrap();
     assert_eq!(outcome, FenceOutcome::Set);
-    assert_eq!(barrier.confirm(&old, &run_id).await, Err(Unconfirmed));
+    let late = barrier.confirm(&old, &run_id).await;
+    assert_eq!(late, Err(Unconfirmed), "a barrier of the epoch before was confirmed");
 }
 
 /// K2: the reply came from one run of the server, the barrier would go to another: what was written may be gone.

@@ -77,7 +77,7 @@ async fn a_master_gives_readers_nothing_that_the_replica_has_not_confirmed() {
     pair.replica.pause();
     pair.buy("alice").await;
     let hidden = source.read(&link, last, 100).await;
-    assert!(matches!(hidden, Err(NoPage::NotReplicated)), "{hidden:?}");
+    assert!(matches!(hidden, Err(NoPage::NotReplicated)), "read before the replica has it: {hidden:?}");
     // What was confirmed before stays readable, and so does "there is nothing".
     let first = OutboxId { epoch: last.epoch, seq: last.seq - 1 };
     assert_eq!(source.read(&link, first, 1).await.unwrap().entries.len(), 1);
@@ -103,7 +103,7 @@ async fn a_replica_is_read_only_while_it_is_linked_at_the_topologys_fence() {
     // Another epoch began; this replica has not heard of it.
     let later = link(&pair.replica, &pair.fence.at(Epoch(2)), Acknowledge::Local, false);
     let stale = source.read(&later, NOWHERE, 100).await;
-    assert!(matches!(stale, Err(NoPage::OtherFence { .. })), "{stale:?}");
+    assert!(matches!(stale, Err(NoPage::OtherFence { .. })), "read at another fence: {stale:?}");
     isolate(&mut pair.replica.connect().await).await.unwrap();
     let cut = source.read(&reader, NOWHERE, 100).await;
     assert!(matches!(cut, Err(NoPage::NotLinked { .. })), "{cut:?}");
@@ -123,7 +123,10 @@ async fn a_diverged_master_turned_replica_serves_no_entries() {
     let reader = link(&pair.master, &fence, Acknowledge::Local, false);
     let mut source = Source::open(&reader).await.unwrap();
     let as_master = source.read(&reader, NOWHERE, 100).await;
-    assert!(matches!(as_master, Err(NoPage::OtherFence { .. })), "{as_master:?}");
+    assert!(
+        matches!(as_master, Err(NoPage::OtherFence { .. })),
+        "read from a master of before: {as_master:?}"
+    );
     // It is told to follow, but has not been synced: the new master hangs.
     pair.replica.pause();
     let mut conn = pair.master.connect().await;

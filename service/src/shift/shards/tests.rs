@@ -14,8 +14,8 @@ use super::super::{Refusal, ShiftError, ShiftOptions, ShiftRequest, Shifts};
 use super::{ShardParts, Way};
 use crate::orders::{OrderStore, ShardRow, StoreBatch, StoreOptions, follow_owners, spawn_keeper};
 use crate::topology::{
-    Authority, Center, Extra, FileStore, Instances, Limits, Shift, ShiftKind, ShiftMode, ShiftState,
-    Topology, TopologyHandle, new_ledger_id,
+    Authority, Center, Extra, FileStore, Instances, Limits, Shift, ShiftKind, ShiftMode, ShiftPhase,
+    ShiftState, StepState, Topology, TopologyHandle, new_ledger_id,
 };
 
 /// Longer than anything takes here: a takeover waits three seconds.
@@ -225,8 +225,26 @@ async fn a_coordinator_that_dies_at_any_step_leaves_a_shift_that_is_given_up_or_
         place.until_owned(number, owner).await;
         attempt = u64::try_from(place.topologies[0].current().shard_epoch).unwrap();
     }
-    // What was given up can be done.
+    // What was given up can be done: as soon as b's database has what a's had written when it let go, and not before.
+    let mut admin = place.servers[1].admin().connect().await.unwrap();
+    let runtime = tokio::runtime::Handle::current();
+    let stop = move || {
+        let stopped = async { sqlx::raw_sql("STOP SLAVE SQL_THREAD").execute(&mut admin).await };
+        tokio::task::block_in_place(|| runtime.block_on(stopped)).unwrap();
+        false
+    };
+    *place.shifts[1].shared.at.lock().unwrap() = Some(("blocked", Box::new(stop)));
     let again = place.shifts[1].start(to_b(&[0, 1, 2]), "ops").await.unwrap();
+    let waits = eventually("it waits, or goes on", async || {
+        let shift = place.shifts[1].find(&again.id).unwrap();
+        let step = shift.steps.last().unwrap();
+        let waits = step.name == "replicate" && step.state == StepState::Running;
+        (waits || shift.phase == ShiftPhase::Decided || shift.state.is_over()).then_some(waits)
+    })
+    .await;
+    assert!(waits, "the shards were taken before b's database had everything of them");
+    let mut admin = place.servers[1].admin().connect().await.unwrap();
+    sqlx::raw_sql("START SLAVE SQL_THREAD").execute(&mut admin).await.unwrap();
     let over = place.until_over(&again.id).await;
     assert_eq!(over.state, ShiftState::Done, "{over:#?}");
     let names: Vec<&str> = over.steps.iter().map(|step| step.name.as_str()).collect();

@@ -3,7 +3,8 @@
 
 use super::shifts::{done, to};
 use super::*;
-use crate::topology::{Shift, ShiftState};
+use crate::shift::operation::Hook;
+use crate::topology::{Shift, ShiftPhase, ShiftState};
 
 /// Runs a shift to b under load in which something happens at a place; returns how it ended.
 async fn shift_in_which(
@@ -48,6 +49,23 @@ async fn a_coordinator_that_dies_before_the_decision_leaves_everything_as_it_was
     }
 }
 
+// H4: by any service of any center, also when nobody is left in the one that was to take.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shift_whose_center_is_gone_is_given_up_by_the_other_one() {
+    let mut pair = Pair::in_sync().await;
+    let service = pair.service("b").token.clone();
+    pair.at("b", "fenced", move || {
+        service.cancel();
+        true
+    });
+    let begun = pair.shifts("b").start(to("b"), "ops").await.unwrap();
+    pair.stop("b").await;
+    let shift = pair.until_over(&begun.id).await;
+    assert_eq!(shift.state, ShiftState::Aborted, "{shift:#?}");
+    assert_eq!(shift.coordinator.center.as_str(), "a");
+    pair.until_master("a", shift.epoch.next()).await;
+}
+
 // H3: after it there is only forward.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_coordinator_that_dies_after_the_decision_is_replaced_by_one_that_finishes() {
@@ -85,14 +103,30 @@ fn kill(pid: u32, port: u16) -> bool {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_does_not_catch_up_in_time_gives_the_shift_up() {
     let mut pair = Pair::in_sync().await;
+    let sale = pair.create_sale(1_000_000).await;
+    let buyers = pair.buyers(&sale, 4);
+    buyers.sell(10).await;
     let pid = pair.server("b").pid();
-    let shift = shift_in_which(&mut pair, "recorded", move || signal(pid, Signal::STOP)).await;
+    pair.at("b", "recorded", move || signal(pid, Signal::STOP));
+    let begun = pair.shifts("b").start(to("b"), "ops").await.unwrap();
+    let phase = eventually("the shift is decided, or over", async || {
+        let topology = pair.topology();
+        let shift = topology.find_shift(&begun.id).unwrap();
+        (shift.phase == ShiftPhase::Decided || shift.state.is_over()).then_some(shift.phase)
+    })
+    .await;
+    assert_eq!(phase, ShiftPhase::Begun, "decided before the target had everything");
+    let shift = pair.until_over(&begun.id).await;
+    signal(pid, Signal::CONT);
     assert_eq!(shift.state, ShiftState::Aborted, "{shift:#?}");
     assert!(
         shift.message.as_ref().unwrap().contains("catch up")
             || shift.message.as_ref().unwrap().contains("target")
     );
     assert_eq!(pair.topology().master.as_str(), "a");
+    buyers.sell(10).await;
+    let books = buyers.stop().await;
+    pair.compare(&sale, &books).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -166,17 +200,36 @@ async fn a_target_that_is_gone_after_the_decision_gives_the_master_back_without_
     pair.compare(&sale, &books).await;
 }
 
+/// When a coordinator that is well may be taken for dead: not in this test.
+const FOR_EVER_MS: u64 = 600_000;
+
+// H3: whoever waits for the store is the coordinator itself. That the shift would be taken over some time is H4.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_that_is_gone_in_mid_shift_is_waited_for() {
-    for place in ["recorded", "fenced", "decided", "promoted"] {
+    for place in ["caught_up", "fenced", "decided", "promoted"] {
         let pair = Pair::in_sync().await;
         let cut: Vec<_> = pair.centers.values().map(|center| Arc::clone(&center.cut_off)).collect();
         let gone = cut.clone();
         let sale = pair.create_sale(1_000_000).await;
         let buyers = pair.buyers(&sale, 4);
         buyers.sell(10).await;
-        pair.at("b", place, move || {
-            gone.iter().for_each(|cut| cut.store(true, Ordering::SeqCst));
+        let (store, shared) = (pair.store(), Arc::clone(&pair.shifts("b").shared));
+        let seen: Vec<_> = ["a", "b"].iter().map(|id| pair.service(id).topology.clone()).collect();
+        pair.at("b", "recorded", move || {
+            change(&store, |topology| topology.shift.as_mut().unwrap().freeze_ms = FOR_EVER_MS);
+            let knows = |one: &TopologyHandle| {
+                one.current().shift.as_ref().is_some_and(|shift| shift.freeze_ms == FOR_EVER_MS)
+            };
+            tokio::task::block_in_place(|| {
+                while !seen.iter().all(knows) {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            });
+            let hook: Hook = Box::new(move || {
+                gone.iter().for_each(|cut| cut.store(true, Ordering::SeqCst));
+                false
+            });
+            *shared.at.lock().unwrap() = Some((place, hook));
             false
         });
         let begun = pair.shifts("b").start(to("b"), "ops").await.unwrap();
@@ -194,6 +247,7 @@ async fn a_store_that_is_gone_in_mid_shift_is_waited_for() {
             _ => ShiftState::Aborted,
         };
         assert_eq!(shift.state, wanted, "{place}: {shift:#?}");
+        assert_eq!(shift.coordinator.term, 0, "{place}: somebody else has gone on with it");
         buyers.sell(10).await;
         let books = buyers.stop().await;
         pair.compare(&sale, &books).await;

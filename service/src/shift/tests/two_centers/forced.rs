@@ -35,6 +35,8 @@ async fn a_dead_master_is_replaced_without_loss_and_follows_when_it_is_back() {
     println!("from the command to the first purchase: {took:?}, lease {SHORT_LEASE:?}");
     assert!(took >= SHORT_LEASE);
     assert_eq!((pair.topology().state, pair.topology().in_sync.len()), (TopologyState::Degraded, 0));
+    // H5: by the shift itself. Purchases did not wait until somebody was taken off.
+    assert_eq!(pair.service("b").guardian.metrics().degradations.get(), 0, "a was waited for and taken off");
     buyers.sell(10).await;
     pair.server("a").restart().await;
     pair.start("a").await;
@@ -134,7 +136,7 @@ async fn with_durability_local_loss_has_to_be_accepted() {
     let refused = pair.shifts("b").start(forced("b"), "ops").await;
     assert!(
         matches!(&refused, Err(ShiftError::Refused { next, .. }) if next.contains("--accept-loss")),
-        "{refused:?}"
+        "begun without consent: {refused:?}"
     );
     pair.stop("a").await;
     pair.server("a").kill();
@@ -184,7 +186,7 @@ async fn a_replica_that_restarts_while_the_lease_is_waited_out_is_not_promoted_u
     let begun = pair.shifts("b").start(forced("b"), "ops").await.unwrap();
     pair.server("b").restart().await;
     let shift = pair.until_over(&begun.id).await;
-    assert_eq!(shift.state, ShiftState::Aborted, "{shift:#?}");
+    assert_eq!(shift.state, ShiftState::Aborted, "promoted in another run: {shift:#?}");
     assert_eq!(pair.topology().master.as_str(), "a");
 }
 
