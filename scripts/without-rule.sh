@@ -27,6 +27,7 @@ others are for people:
 
   must fail: ledger NAME        a test of the scripts (lua/tests/it)
   must fail: lib NAME           a test beside the code (cargo test --workspace --lib)
+  must fail: it NAME            a test of the whole service (service/tests/it)
   because: TEXT                 a part of what the failing tests print; each such line has to be there
 END
 }
@@ -72,6 +73,7 @@ check() {
             case $kind in
             lib) set -- service lua/src loadtest ;;
             ledger) set -- lua/tests ;;
+            it) set -- service/tests/it ;;
             *) echo "$rule: tests of the kind $kind are not known" >&2; bad=1; continue ;;
             esac
             if ! grep -rqE --include='*.rs' "fn ${name##*::}\(" "$@"; then
@@ -146,6 +148,7 @@ run_tests() {
     case $kind in
     lib) scope=(--workspace --lib) ;;
     ledger) scope=(-p seckill-ledger --test it) ;;
+    it) scope=(-p seckill --test it) ;;
     *) echo "tests of the kind $kind are not known" >>"$output"; return 2 ;;
     esac
     if ! (cd "$copy" && "$cargo" test --locked "${scope[@]}" --no-run) >>"$output" 2>&1; then
