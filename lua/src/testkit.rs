@@ -31,6 +31,8 @@ use crate::fence::{Fence, LedgerId};
 
 /// How long a server may take to answer after its start.
 const START_DEADLINE: Duration = Duration::from_secs(20);
+/// How long a replica may take to confirm what it was given with the link. Less than [`RESPONSE_TIMEOUT`].
+const FIRST_CONFIRMATION_MS: u64 = 15_000;
 /// How often another free port is tried when somebody else was faster.
 const PORT_ATTEMPTS: usize = 5;
 /// Response timeout of test connections: long enough for a busy machine.
@@ -80,14 +82,14 @@ impl RedisServer {
         }
     }
 
-    /// Starts a server that follows `master`, and waits until it is linked.
+    /// Starts a server that follows `master`, and waits until it has confirmed everything so far.
     pub async fn start_replica_of(master: &RedisServer) -> RedisServer {
         let replica = RedisServer::start().await;
         replica.follow(master).await;
         replica
     }
 
-    /// Makes the server a replica of another one, and waits until it is linked.
+    /// Makes the server a replica of another one, and waits until it is linked and has confirmed everything so far.
     pub async fn follow(&self, master: &RedisServer) {
         let mut conn = self.connect().await;
         redis::cmd("REPLICAOF")
@@ -101,11 +103,19 @@ impl RedisServer {
             let info: String =
                 redis::cmd("INFO").arg("replication").query_async(&mut conn).await.expect("INFO");
             if info.contains("master_link_status:up") {
-                return;
+                break;
             }
             assert!(Instant::now() < deadline, "the replica does not link: {info}");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
+        // Linked, it may still be busy with its log: the first change takes it seconds on a busy disk.
+        let confirmed: u64 = redis::cmd("WAIT")
+            .arg(1)
+            .arg(FIRST_CONFIRMATION_MS)
+            .query_async(&mut master.connect().await)
+            .await
+            .expect("WAIT");
+        assert!(confirmed > 0, "the replica confirms nothing");
     }
 
     /// Stops the process without ending it, as a machine that hangs. [`RedisServer::resume`] lets it go on.

@@ -14,9 +14,10 @@
 use std::sync::Arc;
 
 use redis::aio::MultiplexedConnection;
-use seckill_domain::OutboxId;
+use seckill_domain::{CenterId, OutboxId};
 use seckill_ledger::outbox::{self, Page};
 use seckill_ledger::roles::{self, Role};
+use seckill_ledger::{Cursor, CursorOutcome, set_cursor};
 
 use super::workers::Link;
 use crate::inventory::Unconfirmed;
@@ -126,5 +127,25 @@ impl Source {
             return Err(NoPage::RolledBack { position: after, ledger });
         }
         Ok(page)
+    }
+
+    /// Writes down in the master's ledger how far a destination has everything. It counts behind the barrier (K4): a
+    /// promoted replica would begin before it otherwise.
+    pub(super) async fn note_cursor(
+        &mut self,
+        link: &Link,
+        destination: &CenterId,
+        cursor: Cursor,
+    ) -> Result<CursorOutcome, NoPage> {
+        let grant = link.authority.grant().map_err(|refusal| NoPage::Wait(refusal.to_string()))?;
+        let outcome = set_cursor(&mut self.conn, &grant.fence, destination, cursor).await?;
+        match outcome {
+            CursorOutcome::Noted => {
+                let confirmed = link.barrier.confirm(&grant, &self.run_id).await;
+                confirmed.map_err(|unconfirmed| NoPage::Wait(unconfirmed.to_string()))?;
+            }
+            CursorOutcome::Behind | CursorOutcome::Ahead => {}
+        }
+        Ok(outcome)
     }
 }

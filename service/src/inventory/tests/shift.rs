@@ -15,7 +15,7 @@ use crate::cross_center::{CrossKey, Keyring};
 use crate::http::{InternalState, ServeOptions, internal_router, serve};
 use crate::orders::{OrderStore, StoreOptions};
 use crate::telemetry::Metrics;
-use crate::topology::{Durability, InSync, Instances, Shift, TopologyState};
+use crate::topology::{Instances, Shift, TopologyState};
 
 /// The longest that anything may take that has to happen.
 const PATIENCE: Duration = Duration::from_secs(20);

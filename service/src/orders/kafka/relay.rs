@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use seckill_domain::{CenterId, Millis, OutboxId, SHARDS, Shard};
 use seckill_ledger::outbox::{self, Entry, Event};
-use seckill_ledger::{Cursor, CursorOutcome, ShardSet, cursor, set_cursor};
+use seckill_ledger::{Cursor, CursorOutcome, ShardSet, cursor};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -379,16 +379,10 @@ impl<'a> Run<'a> {
         let Some(reached) = self.progress.reached().filter(|reached| self.is_news(*reached)) else {
             return Ok(());
         };
-        let grant = self.relay.link.authority.grant().map_err(|refusal| NoPage::Wait(refusal.to_string()))?;
         let cursor = Cursor { id: reached, shards: self.shards };
         fail_point("acknowledged");
-        match set_cursor(&mut source.conn, &grant.fence, &self.relay.destination, cursor).await? {
-            CursorOutcome::Noted => {
-                // It counts behind the barrier (K4): a promoted replica would begin before it otherwise.
-                let confirmed = self.relay.link.barrier.confirm(&grant, &source.run_id).await;
-                confirmed.map_err(|unconfirmed| NoPage::Wait(unconfirmed.to_string()))?;
-                self.noted = Some(cursor);
-            }
+        match source.note_cursor(&self.relay.link, &self.relay.destination, cursor).await? {
+            CursorOutcome::Noted => self.noted = Some(cursor),
             // Another relay is ahead: ours goes on all the same, and is the one that counts if that one dies.
             CursorOutcome::Behind => {}
             CursorOutcome::Ahead => {

@@ -4,7 +4,9 @@ use seckill_domain::{Epoch, IdempotencyKey, SaleSpec};
 use seckill_ledger::admin::{FenceChange, set_fence};
 use seckill_ledger::roles::isolate;
 use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{Fence, ReserveEntry, ReserveOutcome, create_sale, read, reserve};
+use seckill_ledger::{
+    Cursor, CursorOutcome, Fence, ReserveEntry, ReserveOutcome, ShardSet, create_sale, read, reserve,
+};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -65,6 +67,21 @@ fn link(server: &RedisServer, fence: &Fence, acknowledge: Acknowledge, degraded:
 
 const BOTH: Acknowledge = Acknowledge::Replicated { replicas: 1 };
 
+/// The last entry that a reader gets. A busy disk may hold the replica up for longer than a barrier waits.
+async fn last_confirmed(source: &mut Source, link: &Link) -> OutboxId {
+    let mut last = None;
+    eventually(async || match source.read(link, NOWHERE, 100).await {
+        Ok(page) => {
+            last = page.entries.last().map(|entry| entry.id);
+            true
+        }
+        Err(NoPage::NotReplicated) => false,
+        Err(error) => panic!("{error:?}"),
+    })
+    .await;
+    last.expect("an entry")
+}
+
 /// R1 on the master: entries are noted, then the barrier, then used. A master that dies in between has given
 /// nothing to anybody.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -72,8 +89,7 @@ async fn a_master_gives_readers_nothing_that_the_replica_has_not_confirmed() {
     let pair = Pair::open().await;
     let link = link(&pair.master, &pair.fence, BOTH, false);
     let mut source = Source::open(&link).await.unwrap();
-    let seen = source.read(&link, NOWHERE, 100).await.unwrap();
-    let last = seen.entries.last().unwrap().id;
+    let last = last_confirmed(&mut source, &link).await;
     pair.replica.pause();
     pair.buy("alice").await;
     let hidden = source.read(&link, last, 100).await;
@@ -193,4 +209,28 @@ async fn a_release_is_forgotten_only_once_the_replica_has_it() {
     set_fence(&mut pair.master.connect().await, &change, &fence).await.unwrap();
     worker(link(&pair.master, &fence, BOTH, false)).round(&mut lines, &token).await.unwrap();
     assert_eq!((pending().await, remaining().await), (0, 1000));
+}
+
+/// K4: how far a destination has everything counts once the replica has it, too.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_cursor_counts_only_once_the_replica_has_it() {
+    let pair = Pair::open().await;
+    let link = link(&pair.master, &pair.fence, BOTH, false);
+    let mut source = Source::open(&link).await.unwrap();
+    let id = last_confirmed(&mut source, &link).await;
+    let (home, cursor) = (CenterId::new("b").unwrap(), Cursor { id, shards: ShardSet::default() });
+    pair.replica.pause();
+    let noted = source.note_cursor(&link, &home, cursor).await;
+    assert!(matches!(noted, Err(NoPage::Wait(_))), "counted without the replica: {noted:?}");
+    pair.replica.resume();
+    // Said again it is confirmed, whether or not the ledger has it already. A busy disk may hold the replica up for
+    // longer than a barrier waits.
+    eventually(async || match source.note_cursor(&link, &home, cursor).await {
+        Ok(CursorOutcome::Noted) => true,
+        Err(NoPage::Wait(_)) => false,
+        other => panic!("{other:?}"),
+    })
+    .await;
+    let there = seckill_ledger::cursor(&mut pair.replica.connect().await, &home).await.unwrap();
+    assert_eq!(there, Some(cursor));
 }
