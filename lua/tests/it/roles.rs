@@ -1,5 +1,7 @@
 //! Changes of role: only under the fence that whoever orders them expects (S2).
 
+use std::time::{Duration, Instant};
+
 use redis::aio::{ConnectionLike, MultiplexedConnection};
 use redis::{Cmd, Pipeline, RedisFuture, Value};
 use seckill_domain::{CenterId, Epoch};
@@ -10,12 +12,18 @@ use seckill_ledger::{Fence, outbox, read};
 
 use crate::support::{Ledger, eventually, uid};
 
+/// The longest that anything may take that has to happen.
+const PATIENCE: Duration = Duration::from_secs(20);
+
 /// A connection that is held up before it sends a `MULTI`, as a coordinator that is paused after it looked at the
 /// fence: meanwhile somebody else lifts it.
 struct HeldUp {
     own: MultiplexedConnection,
+    /// To the same server, or to its master.
     other: MultiplexedConnection,
     lift: Option<(Fence, Fence)>,
+    /// Another one to the same server.
+    looking: MultiplexedConnection,
 }
 
 impl ConnectionLike for HeldUp {
@@ -33,6 +41,11 @@ impl ConnectionLike for HeldUp {
             if let Some((from, to)) = self.lift.take() {
                 let outcome = set_fence(&mut self.other, &FenceChange::Lift { from }, &to).await;
                 assert_eq!(outcome.unwrap(), FenceOutcome::Set);
+                let (shown, deadline) = (to.to_string(), Instant::now() + PATIENCE);
+                while standing(&mut self.looking).await.unwrap().fence.as_ref() != Some(&shown) {
+                    assert!(Instant::now() < deadline, "the server does not show the fence");
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
             }
             self.own.req_packed_commands(cmd, offset, count).await
         })
@@ -43,11 +56,12 @@ impl ConnectionLike for HeldUp {
     }
 }
 
-async fn held_up(ledger: &Ledger) -> (HeldUp, Fence) {
+/// A connection to `server`, which is the ledger's or a replica of it.
+async fn held_up(ledger: &Ledger, server: &RedisServer) -> (HeldUp, Fence) {
     let later = Fence { master: CenterId::new("b").unwrap(), ..ledger.fence.at(Epoch(9)) };
     let lift = Some((ledger.fence.clone(), later.clone()));
-    let (own, other) = (ledger.server.connect().await, ledger.server.connect().await);
-    (HeldUp { own, other, lift }, later)
+    let (own, other) = (server.connect().await, ledger.server.connect().await);
+    (HeldUp { own, other, lift, looking: server.connect().await }, later)
 }
 
 // S2.
@@ -55,7 +69,7 @@ async fn held_up(ledger: &Ledger) -> (HeldUp, Fence) {
 async fn a_coordinator_that_wakes_up_after_the_fence_changed_changes_no_role() {
     for what in ["follow", "open as source"] {
         let ledger = Ledger::start().await;
-        let (mut conn, later) = held_up(&ledger).await;
+        let (mut conn, later) = held_up(&ledger, &ledger.server).await;
         let expected = ledger.fence.to_string();
         let changed = match what {
             "follow" => follow(&mut conn, Some(&expected), "127.0.0.1", 1).await.unwrap(),
@@ -68,6 +82,26 @@ async fn a_coordinator_that_wakes_up_after_the_fence_changed_changes_no_role() {
         // The connection can be used again: nothing is watched any more.
         assert!(follow(&mut conn, now.fence.as_deref(), "127.0.0.1", 1).await.unwrap());
     }
+}
+
+// S2: what the old master did since the look is on its way to the replica that is to be promoted.
+#[tokio::test]
+async fn a_fence_that_arrives_during_a_promotion_stops_it() {
+    let ledger = Ledger::start().await;
+    let replica = RedisServer::start_replica_of(&ledger.server).await;
+    let expected = ledger.fence.to_string();
+    let mut own = replica.connect().await;
+    eventually("the replica shows the fence", async || {
+        standing(&mut own).await.unwrap().fence.as_ref() == Some(&expected)
+    })
+    .await;
+    let (mut conn, later) = held_up(&ledger, &replica).await;
+    let lift = FenceChange::Lift { from: ledger.fence.clone() };
+    let outcome = promote(&mut conn, Some(&expected), &lift, &ledger.fence.at(Epoch(5))).await;
+    let now = standing(&mut own).await.unwrap();
+    assert!(matches!(now.role, Role::Replica { .. }), "it became a master: {:?}, {outcome:?}", now.role);
+    assert_eq!(outcome.unwrap(), None);
+    assert_eq!(now.fence, Some(later.to_string()));
 }
 
 // S2.

@@ -179,28 +179,9 @@ impl Guardian {
         tracker: &TaskTracker,
         token: CancellationToken,
     ) -> Result<GuardianHandle, LedgerError> {
-        let ledger =
-            Ledger::new(options.center.clone(), options.partition, &options.redis_url, topology.clone())?;
         let (requests, mut inbox) = mpsc::channel(REQUESTS);
-        let (server, follows) = watch::channel(ServerState::Unknown);
-        let metrics = GuardianMetrics::default();
-        let peers = Peers::new(Access::like(&options.redis_url)?, tracker, &token);
-        let mut guardian = Guardian {
-            ledger,
-            options,
-            topology,
-            authority,
-            orders,
-            peers,
-            replicas: Replicas::default(),
-            metrics: metrics.clone(),
-            state: State::Out,
-            server,
-            waiting_since: None,
-            silent_since: None,
-            retry: None,
-            said: None,
-        };
+        let mut guardian = Guardian::new(options, topology, authority, orders, tracker, &token)?;
+        let (follows, metrics) = (guardian.server.subscribe(), guardian.metrics.clone());
         tracker.spawn(async move {
             // After a panic nothing that it remembers counts: it looks at everything anew.
             while AssertUnwindSafe(guardian.run(&mut inbox, &token)).catch_unwind().await.is_err() {
@@ -214,6 +195,36 @@ impl Guardian {
             }
         });
         Ok(GuardianHandle { requests, server: follows, metrics })
+    }
+
+    /// A guardian that has looked at nothing yet.
+    pub(super) fn new(
+        options: GuardianOptions,
+        topology: TopologyHandle,
+        authority: Authority,
+        orders: OrderStore,
+        tracker: &TaskTracker,
+        token: &CancellationToken,
+    ) -> Result<Guardian, LedgerError> {
+        let ledger =
+            Ledger::new(options.center.clone(), options.partition, &options.redis_url, topology.clone())?;
+        let peers = Peers::new(Access::like(&options.redis_url)?, tracker, token);
+        Ok(Guardian {
+            ledger,
+            options,
+            topology,
+            authority,
+            orders,
+            peers,
+            replicas: Replicas::default(),
+            metrics: GuardianMetrics::default(),
+            state: State::Out,
+            server: watch::Sender::new(ServerState::Unknown),
+            waiting_since: None,
+            silent_since: None,
+            retry: None,
+            said: None,
+        })
     }
 
     async fn run(&mut self, inbox: &mut mpsc::Receiver<Request>, token: &CancellationToken) {

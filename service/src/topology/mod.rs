@@ -14,6 +14,8 @@ mod file_instances;
 mod file_store;
 mod folder_watch;
 mod handle;
+#[cfg(test)]
+pub(crate) mod held_store;
 mod instances;
 mod metrics;
 mod shift;

@@ -17,6 +17,7 @@ use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+mod guards;
 mod record;
 mod two_centers;
 
@@ -434,6 +435,29 @@ async fn the_ledger_of_yesterday_stops_sales_and_once_adopted_oversells_nothing(
     let last = world.buy(&sale, "u5").await;
     assert!(![kept, cancelled, later[0], later[1]].contains(&last));
     assert_eq!(world.try_buy(&sale, "u6").await, ReserveOutcome::SoldOut);
+}
+
+// F2: in the same epoch only the stored orders tell that the end of the log is missing.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_ledger_that_ends_before_what_is_stored_stops_sales() {
+    let mut world = World::selling().await;
+    let sale = world.create_sale("s", 4).await;
+    world.buy(&sale, "u1").await;
+    let earlier = tempfile::tempdir().unwrap();
+    copy(&world.server.folder().join("appendonlydir"), earlier.path());
+    world.buy(&sale, "u2").await;
+    let before = world.granted().await;
+    world.server.kill();
+    world.restore_ledger(earlier.path());
+    world.server.restart().await;
+    let mut status = world.service().authority.subscribe();
+    let judged = status.wait_for(|status| match status {
+        Ok(grant) => grant.fence.epoch > before.epoch,
+        Err(refusal) => refusal.cause == Cause::RolledBack,
+    });
+    let judged = tokio::time::timeout(PATIENCE, judged).await.expect("it is judged").unwrap().clone();
+    let Err(refusal) = judged else { panic!("an order that is stored is not in the ledger that sells") };
+    assert!(refusal.reason.contains("are stored"), "{refusal}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

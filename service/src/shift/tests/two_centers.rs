@@ -12,7 +12,7 @@ use futures_util::future::BoxFuture;
 use rustix::process::{Pid, Signal, kill_process};
 use seckill_ledger::outbox;
 use seckill_ledger::roles::Standing;
-use seckill_parts::Link;
+use seckill_parts::{Link, LinkState};
 
 use super::*;
 use crate::config::{CenterSpec, ClusterConfig};
@@ -412,6 +412,29 @@ async fn a_replica_that_stands_still_is_taken_off_and_comes_back_at_a_later_epoc
     assert!(back.epoch > before);
     assert!(pair.holds("b", order_id).await);
     assert_eq!(pair.service("a").guardian.metrics().degradations.get(), 1);
+}
+
+// D2: attached, online and well is not enough: what counts is the fence that the replica shows.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_is_in_sync_only_once_it_shows_the_fence_of_its_epoch() {
+    let mut pair = Pair::stopped_with(Durability::Replicated, LEASE, Duration::from_millis(2)).await;
+    pair.start("a").await;
+    pair.start("b").await;
+    let before = pair.until_in_sync(Epoch(0)).await;
+    // No change arrives there any more; that it is there does.
+    pair.links["a"].set(LinkState::StalledToClient);
+    pair.change(|topology| {
+        topology.in_sync.clear();
+        topology.state = TopologyState::Degraded;
+    });
+    let next = eventually("the next epoch", async || {
+        Some(pair.topology()).filter(|topology| topology.epoch > before.epoch)
+    })
+    .await;
+    assert_eq!(pair.standing("b").await.fence, Some(before.to_string()));
+    assert!(next.in_sync.is_empty(), "in sync without having shown its epoch");
+    pair.links["a"].heal();
+    pair.until_in_sync(next.epoch).await;
 }
 
 // D1: only while no shift is recorded. S3: the guardian does nothing meanwhile.

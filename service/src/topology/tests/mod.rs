@@ -1,5 +1,6 @@
 //! What is the file store's alone, and the lease.
 
+mod confirming;
 mod etcd;
 mod stores;
 

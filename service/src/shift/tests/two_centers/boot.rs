@@ -110,7 +110,7 @@ async fn a_master_in_the_wrong_center_becomes_a_replica_and_what_only_it_has_is_
     assert!(matches!(pair.standing("b").await.role, Role::Replica { .. }));
     assert!(!pair.holds("b", lost).await && !pair.holds("a", lost).await);
     let tails = pair.tails("b");
-    assert_eq!(tails.len(), 1, "{tails:?}");
+    assert_eq!(tails.len(), 1, "what only it had is saved in {tails:?}");
     assert!(tails[0].contains(&lost.to_string()), "{tails:?}");
 }
 
