@@ -319,6 +319,22 @@ async fn what_came_due_while_the_service_was_away_gets_its_grace() {
 }
 
 #[tokio::test]
+async fn a_round_of_expiry_has_an_end_and_the_next_one_goes_on_where_it_stopped() {
+    let mut db = Fixture::new().await;
+    let orders: Vec<_> = (1..=10).map(|seq| order(&format!("u{seq}"), seq, &product(100, 10))).collect();
+    db.put(&orders).await;
+    let expiry =
+        Expiry::new(db.store.clone(), &WorkerOptions { expiry_grace_s: 0, ..options() }).bounded(2, 3);
+    db.clock.advance_ms(10_000);
+    let token = CancellationToken::new();
+    for expired in [6, 10, 10] {
+        expiry.round(&token).await.unwrap();
+        let counts = db.store.counts(None).await.unwrap();
+        assert_eq!(counts.sales[&sale("s")].of(OrderStatus::Expired).orders, expired);
+    }
+}
+
+#[tokio::test]
 async fn an_unpaid_order_returns_its_units_by_itself() {
     let mut shop = Shop::open().await;
     let running = start(&shop.db.store, shop.redis.client(), &shop.authority());
