@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use seckill_domain::Shard;
-use seckill_parts::{Mariadb, MariadbOptions};
+use seckill_parts::MariadbPair;
 
 use super::*;
 use crate::orders::{Error, FenceError, Origin, Owners, PayOutcome, Turned, Unreadable};
@@ -13,10 +13,8 @@ use crate::topology::{Center, Extra, Limits, Topology, new_ledger_id};
 const SOON: Duration = Duration::from_secs(60);
 
 struct Pair {
-    servers: [Mariadb; 2],
-    urls: [String; 2],
+    databases: MariadbPair,
     clock: Arc<ManualClock>,
-    _dirs: [tempfile::TempDir; 2],
 }
 
 fn center(id: &str) -> CenterId {
@@ -39,22 +37,10 @@ fn topology() -> Topology {
     topology
 }
 
-/// In memory where there is some: making 1,200 tables twice waits for thousands of syncs otherwise.
-fn folder() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
-}
-
 impl Pair {
     async fn start() -> Pair {
-        let dirs = [folder(), folder()];
-        let options = [1, 2].map(|server_id| MariadbOptions { server_id, ..MariadbOptions::default() });
-        let (a, b) = tokio::join!(
-            Mariadb::start_with(dirs[0].path(), &options[0]),
-            Mariadb::start_with(dirs[1].path(), &options[1])
-        );
-        let servers = [a.unwrap(), b.unwrap()];
-        let (a, b) = servers[0].pair_with(&servers[1], "seckill").await.unwrap();
-        Pair { servers, urls: [a, b], clock: Arc::new(ManualClock::new(START)), _dirs: dirs }
+        let databases = MariadbPair::start("seckill").await.unwrap();
+        Pair { databases, clock: Arc::new(ManualClock::new(START)) }
     }
 
     async fn open(&self, which: usize) -> OrderStore {
@@ -69,7 +55,7 @@ impl Pair {
             makes_tables: topology.master == id,
             ..StoreOptions::new(id)
         };
-        OrderStore::open(&self.urls[which], options).await.unwrap()
+        OrderStore::open(&self.databases.urls[which], options).await.unwrap()
     }
 
     async fn both(&self) -> [OrderStore; 2] {
@@ -218,10 +204,10 @@ async fn a_move_that_is_given_up_leaves_nothing_blocked_and_its_late_fence_is_li
     let mut forced = topology();
     forced.shard_epoch = 3;
     forced.shard_owners.fill(center("b"));
-    pair.servers[0].pause();
+    pair.databases.servers[0].pause();
     let gained = b.follow_owners(&Owners::of(&forced)).await.unwrap().gained;
     assert_eq!(gained.len(), 32);
-    pair.servers[0].resume();
+    pair.databases.servers[0].resume();
     a.follow_owners(&Owners::of(&forced)).await.unwrap();
     assert!(a.shard_rows().await.unwrap().iter().all(|row| row.owner == "b"));
     pair.settle([&a, &b]).await;

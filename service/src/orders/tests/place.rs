@@ -3,7 +3,7 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use seckill_parts::{Mariadb, shared};
+use seckill_parts::{Mariadb, folder_in_memory, shared};
 use sqlx::{AssertSqlSafe, MySqlPool, SqlitePool};
 use tempfile::TempDir;
 
@@ -56,7 +56,7 @@ impl Place {
         match kind {
             Kind::Sqlite => Place::file(),
             Kind::MySql => {
-                let folder = tempfile::tempdir_in(shared_memory()).unwrap();
+                let folder = folder_in_memory().unwrap();
                 let server = Mariadb::start(folder.path()).await.unwrap();
                 let url = server.create_database("seckill").await.unwrap();
                 Place::Alone { _server: Box::new(server), _folder: folder, url }
@@ -135,12 +135,6 @@ impl Place {
             }
         }
     }
-}
-
-/// A thousand tables are made at once where no disk has to sync each of them.
-fn shared_memory() -> std::path::PathBuf {
-    let memory = std::path::Path::new("/dev/shm");
-    if memory.is_dir() { memory.to_owned() } else { std::env::temp_dir() }
 }
 
 /// A database on the server. A thousand tables take a while to make, so a test that is done hands its database to

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use seckill_domain::{
     CenterId, CenterNumber, Epoch, Millis, OrderId, OrderRecord, OutboxId, Quantity, SaleId, Shard, Uid,
 };
-use seckill_parts::{Mariadb, MariadbOptions};
+use seckill_parts::{Mariadb, MariadbPair};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -107,16 +107,8 @@ struct Place {
 
 impl Place {
     async fn on_mariadb() -> Place {
-        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        let options = [1, 2].map(|server_id| MariadbOptions { server_id, ..MariadbOptions::default() });
-        let folders = [dir.path().join("a"), dir.path().join("b")];
-        let (a, b) = tokio::join!(
-            Mariadb::start_with(&folders[0], &options[0]),
-            Mariadb::start_with(&folders[1], &options[1])
-        );
-        let servers = vec![a.unwrap(), b.unwrap()];
-        let (a, b) = servers[0].pair_with(&servers[1], "seckill").await.unwrap();
-        Place::on(dir, servers, [a, b]).await
+        let MariadbPair { servers, urls, dir } = MariadbPair::start("seckill").await.unwrap();
+        Place::on(dir, servers.into(), urls).await
     }
 
     async fn on_sqlite() -> Place {

@@ -4,17 +4,12 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use seckill_parts::{Kafka, KafkaOptions, Link, Mariadb};
+use seckill_parts::{Kafka, KafkaOptions, Link, Mariadb, folder_in_memory};
 use serde_json::{Value, json};
 
 use crate::centers::{BOTH, Centers, CentersOptions, Which};
 use crate::crowd::{Crowd, compare_books, stored_orders, user_of};
 use crate::support::eventually;
-
-/// In memory where there is some: making 1,200 tables twice waits for thousands of syncs of a disk.
-fn folder() -> tempfile::TempDir {
-    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
-}
 
 /// A Kafka for each center. What one publishes to the other's goes over a line between them.
 pub(super) struct Kafkas {
@@ -76,7 +71,7 @@ pub(super) struct Behind {
 
 impl Behind {
     pub(super) async fn start() -> Behind {
-        let dir = folder();
+        let dir = folder_in_memory().unwrap();
         let [a, b] = BOTH.map(|which| dir.path().join(format!("mariadb-{}", which.id())));
         let (kafka, a, b) =
             tokio::join!(Box::pin(Kafkas::start(dir.path())), Mariadb::start(&a), Mariadb::start(&b));

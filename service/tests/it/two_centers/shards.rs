@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use http::Method;
-use seckill_parts::{Kafka, Mariadb, MariadbOptions};
+use seckill_parts::{Kafka, MariadbPair};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 use tokio::task::JoinSet;
@@ -22,35 +22,20 @@ const PLENTY: u64 = 1_000_000;
 const PRICE: u64 = 1999;
 
 /// Two databases that are one.
-struct Databases {
-    _servers: [Mariadb; 2],
-    urls: [String; 2],
-    /// Dropped last.
-    _dir: tempfile::TempDir,
-}
+struct Databases(MariadbPair);
 
 impl Databases {
     async fn start() -> Databases {
-        // Making 1,200 tables twice waits for thousands of syncs on a disk.
-        let dir = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-        let options = [1, 2].map(|server_id| MariadbOptions { server_id, ..MariadbOptions::default() });
-        let folders = [dir.path().join("a"), dir.path().join("b")];
-        let (a, b) = tokio::join!(
-            Mariadb::start_with(&folders[0], &options[0]),
-            Mariadb::start_with(&folders[1], &options[1])
-        );
-        let servers = [a.unwrap(), b.unwrap()];
-        let (a, b) = servers[0].pair_with(&servers[1], "seckill").await.unwrap();
-        Databases { _servers: servers, urls: [a, b], _dir: dir }
+        Databases(MariadbPair::start("seckill").await.unwrap())
     }
 
     fn options(&self) -> CentersOptions {
-        let databases = BOTH.into_iter().zip(self.urls.clone()).collect();
+        let databases = BOTH.into_iter().zip(self.0.urls.clone()).collect();
         CentersOptions { databases, ..CentersOptions::default() }
     }
 
     async fn number(&self, which: usize, sql: &str) -> i64 {
-        let mut conn = MySqlConnection::connect(&self.urls[which]).await.unwrap();
+        let mut conn = MySqlConnection::connect(&self.0.urls[which]).await.unwrap();
         let number = sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).fetch_one(&mut conn).await.unwrap();
         conn.close().await.unwrap();
         number
