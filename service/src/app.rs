@@ -32,7 +32,8 @@ use crate::orders::{
     WorkerOptions, Workers, follow_owners, spawn_keeper,
 };
 use crate::shift::{
-    Guardian, GuardianOptions, InitPolicy, ServerProcess, ShardParts, ShiftCounts, ShiftOptions, Shifts,
+    Guardian, GuardianOptions, InitPolicy, SETTLE_RETRY, ServerProcess, SettleParts, Settler, ShardParts,
+    ShiftCounts, ShiftOptions, Shifts,
 };
 use crate::telemetry::Metrics;
 use crate::topology::{
@@ -268,6 +269,19 @@ async fn work(
     let queue = queue(config, kafka, &topology, &metrics);
     let centers =
         OrderCenters::new(config.center.id.clone(), orders.clone(), topology.clone(), cross.clone());
+    let settle = SettleParts {
+        center: config.center.id.clone(),
+        diverged_dir: config.ledger.diverged_dir.as_path().into(),
+        retry: SETTLE_RETRY,
+        topology: topology.clone(),
+        inventory: inventory.clone(),
+        cross: cross.clone(),
+        centers: centers.clone(),
+        #[cfg(test)]
+        dies_at: Arc::default(),
+    };
+    let settling = Settler::spawn(settle, tracker, stop);
+    metrics.register(|registry| settling.register(registry));
     let worker_options = WorkerOptions { cross, centers: Some(centers.clone()), ..worker_options(config) };
     let workers =
         Workers::spawn(&orders, &[client], &authority, &queue, &worker_options, tracker, (stop, fatal));

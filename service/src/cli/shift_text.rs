@@ -202,10 +202,11 @@ pub(super) fn whole(shift: &Shift) -> String {
 
 /// What only the old master had, and what became of it.
 fn tail(tail: &Tail) -> String {
-    let Tail { file, entries, orders, settled } = tail;
+    let Tail { file, entries, orders, paid_without_claim, settled } = tail;
     let mut text = format!("{file} ({entries} entries, {orders} orders)");
     match settled {
-        None => text.push_str(", not settled yet"),
+        None if *paid_without_claim == 0 => text.push_str(", not settled yet"),
+        None => text.push_str(&format!(", not settled: {paid_without_claim} paid orders have no claim")),
         Some(settled) => text.push_str(&format!(
             ", settled {}: {} of {} orders claimed again, {} cancelled, {} paid without a claim",
             settled.settled_at,
@@ -408,7 +409,13 @@ mod tests {
         let mut shift = Shift::of_a_test();
         assert!(!whole(&shift).contains("saved tail"));
         assert!(!table([&shift].into_iter()).contains("saved tail"));
-        let saved = |file: &str, orders| Tail { file: file.to_owned(), entries: 3, orders, settled: None };
+        let saved = |file: &str, orders| Tail {
+            file: file.to_owned(),
+            entries: 3,
+            orders,
+            paid_without_claim: 0,
+            settled: None,
+        };
         shift.tails = vec![saved("/d/diverged-4-1.ndjson", 40), saved("/d/diverged-4-2.ndjson", 2)];
         let settled_at = "2026-01-01T00:01:00Z".to_owned();
         shift.tails[1].settled =
@@ -420,6 +427,9 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line}\n{text}");
         }
+        shift.tails[0].paid_without_claim = 3;
+        let text = whole(&shift);
+        assert!(text.contains("40 orders), not settled: 3 paid orders have no claim\n"), "{text}");
         let other = Shift { id: "shift-1".to_owned(), tails: Vec::new(), ..shift.clone() };
         let list = table([&shift, &other].into_iter());
         let lines: Vec<&str> = list.lines().collect();

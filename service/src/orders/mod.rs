@@ -45,4 +45,5 @@ pub use store::{
     ShardRow, StoreOptions, Turned, UnreadableOrder,
 };
 pub use updates::{Subscription, TooManySubscribers, Updates};
+pub(crate) use workers::supervise;
 pub use workers::{Queue, TailerStatus, WorkerOptions, Workers};

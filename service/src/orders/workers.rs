@@ -271,7 +271,7 @@ impl Streak {
 }
 
 /// Runs a worker, and runs it again should it panic: its state is in the database.
-pub(super) fn supervise<F, R>(name: &'static str, tracker: &TaskTracker, token: &CancellationToken, run: R)
+pub(crate) fn supervise<F, R>(name: &'static str, tracker: &TaskTracker, token: &CancellationToken, run: R)
 where
     F: Future<Output = ()> + Send + 'static,
     R: Fn(CancellationToken) -> F + Send + 'static,

@@ -18,6 +18,7 @@ mod reclaim;
 mod record;
 mod replica;
 mod restore;
+mod settle;
 mod shards;
 mod status;
 mod sync;
@@ -33,6 +34,7 @@ pub use guardian::{Guardian, GuardianHandle, GuardianOptions, RequestError, Serv
 pub use ledger::{InitError, Ledger, LedgerError};
 pub use operation::{Refusal, ShiftError, ShiftOptions, ShiftRequest, Shifts};
 pub use reclaim::{AdoptReport, PaidWithoutClaim, Recovery};
+pub use settle::{RETRY as SETTLE_RETRY, SettleMetrics, SettleParts, Settler};
 pub use shards::{ShardParts, answer_for_shards};
 pub use status::{GuardianMetrics, Replication, ServerState};
 pub use verdict::InitPolicy;

@@ -10,7 +10,7 @@ use serde_json::Map;
 use super::operation::{Refusal, Shared, ShiftError, ShiftRequest};
 use super::precheck::Survey;
 use crate::topology::{
-    Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Shift, ShiftKind, ShiftMode,
+    Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Settled, Shift, ShiftKind, ShiftMode,
     ShiftPhase, ShiftState, Step, StepState, Tail, Topology, TopologyState,
 };
 
@@ -449,6 +449,24 @@ pub(super) fn add_tail(topology: &mut Topology, from: &CenterId, tail: &Tail) {
         && shift.tails.iter().all(|known| known.file != tail.file)
     {
         shift.tails.push(tail.clone());
+    }
+}
+
+/// Says how a saved tail stands: how many of its paid orders have no claim, and what became of all of them once that is
+/// final.
+pub(super) fn tell_tail(
+    topology: &mut Topology,
+    from: &CenterId,
+    file: &str,
+    paid_without_claim: u64,
+    settled: Option<&Settled>,
+) {
+    let shifts = topology.history.iter_mut().filter(|shift| shift.from == *from);
+    for tail in shifts.flat_map(|shift| &mut shift.tails).filter(|tail| tail.file == file) {
+        tail.paid_without_claim = paid_without_claim;
+        if tail.settled.is_none() {
+            tail.settled = settled.cloned();
+        }
     }
 }
 

@@ -39,6 +39,7 @@ impl From<&SavedTail> for Tail {
             file: saved.file.display().to_string(),
             entries: saved.entries,
             orders: saved.orders,
+            paid_without_claim: 0,
             settled: None,
         }
     }

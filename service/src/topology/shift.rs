@@ -150,9 +150,17 @@ pub struct Tail {
     pub entries: u64,
     /// How many orders these hold.
     pub orders: u64,
+    /// How many of them are paid and have no room for their claim: until there is, the tail is not settled.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub paid_without_claim: u64,
     /// What became of them (H6), once that is final.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settled: Option<Settled>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
 }
 
 /// What became of the orders of a saved tail.

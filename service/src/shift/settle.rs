@@ -1,0 +1,330 @@
+//! What becomes of the orders that only a lost master had (H6).
+//!
+//! A forced shift whose loss was accepted leaves orders behind that are stored, or sold, and that the new master's ledger
+//! does not know. When the old master is back, they stand in its saved tail ([`super::tail`]). Here each of them is
+//! claimed again where stock and limit allow; else it is cancelled, or, if it is paid, told until there is room for it.
+//!
+//! A tail is settled when `FILE.settled` stands beside it. Until then it is gone through again and again: at once when
+//! an epoch begins, and every [`RETRY`].
+
+mod round;
+mod saved;
+#[cfg(test)]
+mod tests;
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::ffi::OsStr;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::registry::Registry;
+use rustix::fs::{FlockOperation, flock};
+use seckill_domain::{CenterId, Clock, Epoch, OutboxId, SystemClock};
+use tokio::fs::{self, File};
+use tokio::io::AsyncWriteExt;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use self::round::{Failure, Fate, Progress};
+use self::saved::SavedLines;
+use super::record;
+use crate::cross_center::CrossCenter;
+#[cfg(not(test))]
+use crate::fail_point::fail_point;
+use crate::inventory::Inventory;
+use crate::orders::{OrderCenters, supervise};
+use crate::topology::{Settled, ShiftKind, ShiftMode, ShiftState, Topology, TopologyHandle, UpdateError};
+
+/// How often the folder is looked at for tails.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long a tail that is not settled waits for the next round: for stock that the shop adds, or a center that comes
+/// back. One that failed waits for [`LOOK`], so that what passes by itself costs no time.
+pub const RETRY: Duration = Duration::from_secs(30);
+/// Failures after which it waits for [`RETRY`], too.
+const SOON: u32 = 10;
+
+/// What the orders of saved tails are settled with.
+pub struct SettleParts {
+    /// This center.
+    pub center: CenterId,
+    /// Where its tails are saved.
+    pub diverged_dir: Arc<Path>,
+    /// How long a tail that stays open waits for the next round: [`RETRY`].
+    pub retry: Duration,
+    /// Who the master is.
+    pub topology: TopologyHandle,
+    /// This center's inventory, for when it is the master.
+    pub inventory: Inventory,
+    /// The way to other centers, where there are any.
+    pub cross: Option<CrossCenter>,
+    /// The order databases of all centers.
+    pub centers: OrderCenters,
+    /// Where rounds die, one after the other.
+    #[cfg(test)]
+    pub(crate) dies_at: Arc<std::sync::Mutex<Vec<&'static str>>>,
+}
+
+/// What is counted of saved tails. Cheap to clone; all clones count together.
+#[derive(Debug, Clone, Default)]
+pub struct SettleMetrics {
+    /// Tails in this service's folder that are not settled.
+    pub open: Gauge,
+    /// Paid orders in them without room for their claim.
+    pub paid_without_claim: Gauge,
+    /// Tails that were settled.
+    pub settled: Counter,
+}
+
+impl SettleMetrics {
+    /// Registers all of them; the registry's owner sets the prefix.
+    pub fn register(&self, registry: &mut Registry) {
+        let tails = registry.sub_registry_with_prefix("tail");
+        tails.register("open", "Saved tails whose orders are not settled", self.open.clone());
+        tails.register(
+            "paid_without_claim",
+            "Paid orders of saved tails without room for their claim",
+            self.paid_without_claim.clone(),
+        );
+        tails.register("settled", "Saved tails whose orders were settled", self.settled.clone());
+    }
+}
+
+/// Settles the tails in one folder, again and again.
+pub struct Settler {
+    parts: SettleParts,
+    metrics: SettleMetrics,
+}
+
+/// A tail on its way.
+struct Open {
+    progress: Progress,
+    /// The epoch in which that was found out.
+    epoch: Epoch,
+    /// When the next round is due.
+    next: Instant,
+    /// How many rounds failed in a row.
+    failures: u32,
+    /// How many paid orders without a claim were told of last, so that it is told once.
+    told: u64,
+}
+
+impl Settler {
+    /// Starts the worker. It ends with the token, wherever it is: the next start goes on.
+    pub fn spawn(parts: SettleParts, tracker: &TaskTracker, token: &CancellationToken) -> SettleMetrics {
+        let metrics = SettleMetrics::default();
+        let settler = Arc::new(Settler { parts, metrics: metrics.clone() });
+        supervise("saved tails", tracker, token, move |token| {
+            let settler = Arc::clone(&settler);
+            async move { settler.run(token).await }
+        });
+        metrics
+    }
+
+    async fn run(&self, token: CancellationToken) {
+        let mut open: BTreeMap<PathBuf, Open> = BTreeMap::new();
+        let mut changes = self.parts.topology.subscribe();
+        let mut epoch = changes.borrow_and_update().epoch;
+        loop {
+            self.look(&mut open, &token).await;
+            // Whatever changes the topology's epoch may have made a claim count, or lost it.
+            let begins = changes.wait_for(|topology| topology.epoch != epoch);
+            tokio::select! {
+                () = token.cancelled() => return,
+                () = tokio::time::sleep(LOOK.min(self.parts.retry)) => {}
+                begun = begins => match begun {
+                    Ok(topology) => epoch = topology.epoch,
+                    Err(_) => return,
+                },
+            }
+        }
+    }
+
+    /// Goes through every tail whose turn it is.
+    async fn look(&self, open: &mut BTreeMap<PathBuf, Open>, token: &CancellationToken) {
+        let files = match unsettled(&self.parts.diverged_dir).await {
+            Ok(files) => files,
+            Err(error) => {
+                tracing::debug!(folder = %self.parts.diverged_dir.display(), %error, "no saved tails can be seen");
+                return;
+            }
+        };
+        open.retain(|file, _| files.contains(file));
+        for file in files {
+            let topology = self.parts.topology.current();
+            let (epoch, now) = (topology.epoch, Instant::now());
+            let tail = open.entry(file.clone()).or_insert_with(|| Open {
+                progress: Progress::default(),
+                epoch,
+                next: now,
+                failures: 0,
+                told: 0,
+            });
+            if tail.epoch != epoch {
+                // Another ledger may be the truth.
+                (tail.progress, tail.epoch, tail.next) = (Progress::default(), epoch, now);
+            }
+            if now < tail.next || topology.master_shift().is_some() {
+                continue;
+            }
+            // Large, and rarely run.
+            let round = token.run_until_cancelled(Box::pin(self.settle(&file, &topology, tail))).await;
+            match round {
+                None => return,
+                Some(Ok(true)) => drop(open.remove(&file)),
+                Some(Ok(false)) => (tail.failures, tail.next) = (0, Instant::now() + self.parts.retry),
+                Some(Err(failure)) => {
+                    // Nobody knows how far it came.
+                    tail.progress = Progress::default();
+                    tail.failures = tail.failures.saturating_add(1);
+                    let pause =
+                        if tail.failures < SOON { LOOK.min(self.parts.retry) } else { self.parts.retry };
+                    tail.next = Instant::now() + pause;
+                    if tail.failures == SOON {
+                        tracing::warn!(
+                            file = %file.display(), %failure,
+                            "the orders of a saved tail cannot be settled; it is tried again"
+                        );
+                    } else {
+                        tracing::debug!(file = %file.display(), %failure, "a saved tail is tried again");
+                    }
+                }
+            }
+        }
+        let paid = open.values().map(|tail| count(&tail.progress, Fate::Paid)).sum::<u64>();
+        self.metrics.paid_without_claim.set(i64::try_from(paid).unwrap_or(i64::MAX));
+        self.metrics.open.set(i64::try_from(open.len()).unwrap_or(i64::MAX));
+    }
+
+    /// One round over a tail, and what is to be told of it. Returns whether it is settled.
+    async fn settle(&self, file: &Path, topology: &Topology, tail: &mut Open) -> Result<bool, Failure> {
+        // Instances that share a folder must not contradict each other about an order.
+        let lock = File::open(file).await.map_err(saved::Unreadable::File)?.into_std().await;
+        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
+            return Err(Failure::Busy);
+        }
+        let last = SavedLines::open(file).await?.last;
+        let unseen = may_be_acknowledged(topology, &self.parts.center, file, last);
+        self.round(file, unseen, &mut tail.progress).await?;
+        let progress = &tail.progress;
+        let of = |fate| count(progress, fate);
+        let (orders, paid) = (progress.fates.len() as u64, of(Fate::Paid));
+        let is_settled = progress.fates.iter().all(|fate| fate.is_final());
+        let settled = Settled {
+            orders,
+            claimed_again: of(Fate::Claimed),
+            cancelled: of(Fate::Cancelled),
+            paid_without_claim: paid,
+            settled_at: SystemClock.now().to_string(),
+        };
+        // The history first: without its mark the tail is gone through again, and told again.
+        self.tell(file, paid, is_settled.then(|| settled.clone())).await?;
+        self.passes("settle_told")?;
+        if is_settled {
+            mark(file, &settled).await.map_err(saved::Unreadable::File)?;
+            self.metrics.settled.inc();
+            tracing::warn!(
+                file = %file.display(), orders, claimed_again = settled.claimed_again,
+                cancelled = settled.cancelled, "the orders of a saved tail are settled"
+            );
+        } else if std::mem::replace(&mut tail.told, paid) != paid && paid > 0 {
+            tracing::error!(
+                file = %file.display(), paid_without_claim = paid,
+                "paid orders of a saved tail have no claim, because stock or limit do not allow it; seckill audit names \
+                 them. Add stock, and they are claimed; or pay the money back and move the file away"
+            );
+        }
+        Ok(is_settled)
+    }
+
+    /// Writes into the history of shifts how a tail stands, if a shift there names it.
+    async fn tell(&self, file: &Path, paid: u64, settled: Option<Settled>) -> Result<(), Failure> {
+        let (center, name) = (self.parts.center.clone(), file.display().to_string());
+        let told = self.parts.topology.update(move |topology| {
+            record::tell_tail(topology, &center, &name, paid, settled.as_ref());
+            Ok::<_, Infallible>(())
+        });
+        told.await.map_err(|error| match error {
+            UpdateError::Store(error) => Failure::Topology(error),
+            UpdateError::Refused(never) => match never {},
+        })
+    }
+
+    /// A place where a test lets the round die: nothing that would follow happens then.
+    #[cfg(test)]
+    fn passes(&self, at: &'static str) -> Result<(), Failure> {
+        let mut places = self.parts.dies_at.lock().unwrap();
+        if places.first() == Some(&at) {
+            places.remove(0);
+            return Err(Failure::Died);
+        }
+        Ok(())
+    }
+
+    /// A place where a test of the whole service lets it die.
+    #[cfg(not(test))]
+    #[expect(clippy::unused_self, clippy::unnecessary_wraps, reason = "as in tests")]
+    fn passes(&self, at: &'static str) -> Result<(), Failure> {
+        fail_point(at);
+        Ok(())
+    }
+}
+
+fn count(progress: &Progress, fate: Fate) -> u64 {
+    progress.fates.iter().filter(|found| **found == fate).count() as u64
+}
+
+/// Whether the orders of a tail may have been acknowledged: not if the shift that made it one lost nothing (R1). That shift
+/// names the tail a moment after the file is there; it began after the tail's last entry.
+fn may_be_acknowledged(topology: &Topology, center: &CenterId, file: &Path, last: OutboxId) -> bool {
+    let name = file.display().to_string();
+    let mut forced = topology.history.iter().filter(|shift| {
+        shift.kind == ShiftKind::Master && shift.mode == ShiftMode::Forced && shift.from == *center
+    });
+    let shift = forced
+        .clone()
+        .find(|shift| shift.tails.iter().any(|tail| tail.file == name))
+        .or_else(|| forced.find(|shift| shift.state == ShiftState::Done && shift.epoch.0 > last.epoch));
+    !shift.and_then(|shift| shift.exposure.as_ref()).is_some_and(|exposure| exposure.lossless)
+}
+
+/// The saved tails in a folder that are not settled, the oldest first.
+async fn unsettled(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut entries = match fs::read_dir(folder).await {
+        Ok(entries) => entries,
+        // It is made when the first tail is saved.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let mut names = Vec::new();
+    while let Some(entry) = entries.next_entry().await? {
+        if let Some(name) = entry.file_name().to_str().filter(|name| name.starts_with("diverged-")) {
+            names.push(name.to_owned());
+        }
+    }
+    let mut files: Vec<PathBuf> = names
+        .iter()
+        .filter(|name| Path::new(name).extension() == Some(OsStr::new("ndjson")))
+        .filter(|name| !names.contains(&format!("{name}.settled")))
+        .map(|name| folder.join(name))
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// Puts `FILE.settled` beside a tail. When this returns it is on the disk.
+async fn mark(file: &Path, settled: &Settled) -> io::Result<()> {
+    let beside = |end: &str| PathBuf::from(format!("{}{end}", file.display()));
+    let (unfinished, finished) = (beside(".settled.new"), beside(".settled"));
+    let mut out = File::create(&unfinished).await?;
+    let text = serde_json::to_string(settled).map_err(io::Error::other)?;
+    out.write_all(format!("{text}\n").as_bytes()).await?;
+    out.sync_all().await?;
+    fs::rename(&unfinished, &finished).await?;
+    let folder = file.parent().filter(|folder| !folder.as_os_str().is_empty());
+    File::open(folder.unwrap_or(Path::new("."))).await?.sync_all().await
+}
