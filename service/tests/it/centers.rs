@@ -23,6 +23,8 @@ use crate::up::free_base_port;
 const ONE_WAY: (Duration, Duration) = (Duration::from_millis(10), Duration::from_millis(10));
 /// How long a center without etcd may go on selling.
 pub(crate) const LEASE: Duration = Duration::from_secs(3);
+/// See [`Centers::fail_point`].
+const FAIL_POINT: &str = "fail-point";
 /// Lines of a center's log that a failed test shows.
 const LOG_LINES: usize = 80;
 
@@ -101,6 +103,7 @@ pub(crate) struct Centers {
 struct Side {
     which: Which,
     config: PathBuf,
+    fail_point: PathBuf,
     redis: Redis,
     /// How the other center reaches this one's Redis and internal listener.
     to_redis: Link,
@@ -139,6 +142,7 @@ impl Centers {
             sides.push(Side {
                 which,
                 config: folder.join("seckill.toml"),
+                fail_point: dir.path().join(FAIL_POINT),
                 redis,
                 to_redis: to_redis.unwrap(),
                 to_internal: to_internal.unwrap(),
@@ -283,6 +287,22 @@ log = "seckill=info,warn"
         status.code()
     }
 
+    /// The file that tells a service where to die or to stand still (`seckill::fail_point`). Both look at the same one:
+    /// who comes there first takes it.
+    pub(crate) fn fail_point(&self) -> PathBuf {
+        self.dir.path().join(FAIL_POINT)
+    }
+
+    /// A center's service.
+    pub(crate) fn pid(&self, which: Which) -> rustix::process::Pid {
+        rustix::process::Pid::from_child(self.side(which).child.as_ref().expect("it runs"))
+    }
+
+    /// How a center reaches etcd.
+    pub(crate) fn to_etcd(&self, which: Which) -> &Link {
+        self.side(which).to_etcd.as_ref().expect("the topology is in etcd")
+    }
+
     /// Where everything lies.
     pub(crate) fn folder(&self) -> &Path {
         self.dir.path()
@@ -297,8 +317,7 @@ log = "seckill=info,warn"
 
     /// A center's service stands still, or goes on.
     pub(crate) fn pause_service(&self, which: Which, still: bool) {
-        let child = self.side(which).child.as_ref().expect("it runs");
-        let pid = rustix::process::Pid::from_child(child);
+        let pid = self.pid(which);
         let signal = if still { rustix::process::Signal::STOP } else { rustix::process::Signal::CONT };
         rustix::process::kill_process(pid, signal).unwrap();
     }
@@ -306,7 +325,7 @@ log = "seckill=info,warn"
     /// Cuts a center off from everybody but its own shoppers, or lets it back.
     pub(crate) fn cut_off(&self, which: Which, state: LinkState) {
         self.between(state);
-        self.side(which).to_etcd.as_ref().expect("the topology is in etcd").set(state);
+        self.to_etcd(which).set(state);
     }
 
     /// A center's redis-server.
@@ -494,6 +513,7 @@ impl Side {
             .args(["serve", "--config"])
             .arg(&self.config)
             .env("SECKILL__ORDERS__DATABASE_URL", &self.database)
+            .env("SECKILL_FAIL_POINT", &self.fail_point)
             .envs(variables.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -113,6 +113,11 @@ impl Client {
         answer.is_some_and(|answer| answer.status == 200)
     }
 
+    /// What an operator is shown; `None` if no answer came.
+    pub(crate) async fn look(&self, path: &str) -> Option<Answer> {
+        self.send(Method::GET, &format!("{}{path}", self.admin), &self.admin_token, &[], None).await
+    }
+
     pub(crate) async fn admin(
         &self,
         method: Method,
@@ -203,10 +208,13 @@ impl Client {
     }
 
     pub(crate) async fn pay(&self, order_id: &str, body: Value) -> Answer {
+        self.pay_once(order_id, body).await.expect("the public listener answers")
+    }
+
+    /// The same; `None` if no answer came.
+    pub(crate) async fn pay_once(&self, order_id: &str, body: Value) -> Option<Answer> {
         let url = format!("{}/v1/orders/{order_id}/pay", self.public);
-        self.send(Method::POST, &url, &self.payments_token, &[], Some(body.to_string().into_bytes()))
-            .await
-            .expect("the public listener answers")
+        self.send(Method::POST, &url, &self.payments_token, &[], Some(body.to_string().into_bytes())).await
     }
 
     /// What the snapshot says is left of a sale.

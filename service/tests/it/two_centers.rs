@@ -1,11 +1,15 @@
 //! Two centers: in one process tree, `seckill up --centers a,b`, and each by itself with 30 ms in between.
 
+mod asleep;
 mod behind;
+mod course;
+mod deaths;
 mod faults;
 mod load;
 mod shards;
 mod shift;
 mod shift_refused;
+mod trouble;
 
 use http::Method;
 use serde_json::Value;

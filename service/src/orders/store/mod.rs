@@ -38,6 +38,7 @@ use super::model::{
 };
 use super::put_back::{PutBack, PutBackDone};
 use super::updates::Updates;
+use crate::fail_point::fail_point;
 pub use audit::{AuditOrder, AuditRows, UnreadableOrder};
 use database::{Database, Readers};
 use mysql::Tables;
@@ -282,6 +283,7 @@ impl OrderStore {
 
     /// Books a payment.
     pub async fn pay(&self, payment: Payment) -> Result<PayOutcome, Error> {
+        fail_point("paying");
         self.writer()?.run(lifecycle::Pay(payment)).await
     }
 

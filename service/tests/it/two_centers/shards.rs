@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use http::Method;
-use seckill_parts::{Kafka, MariadbPair};
+use seckill_parts::{Kafka, Mariadb, MariadbPair};
 use serde_json::{Value, json};
 use sqlx::{AssertSqlSafe, Connection, MySqlConnection};
 use tokio::task::JoinSet;
@@ -19,22 +19,26 @@ use crate::support::{PATIENCE, eventually};
 /// More than anybody buys in these tests.
 const PLENTY: u64 = 1_000_000;
 /// What one unit costs, in the sales of these tests.
-const PRICE: u64 = 1999;
+pub(super) const PRICE: u64 = 1999;
 
 /// Two databases that are one.
-struct Databases(MariadbPair);
+pub(super) struct Databases(MariadbPair);
 
 impl Databases {
-    async fn start() -> Databases {
+    pub(super) async fn start() -> Databases {
         Databases(MariadbPair::start("seckill").await.unwrap())
     }
 
-    fn options(&self) -> CentersOptions {
+    pub(super) fn options(&self) -> CentersOptions {
         let databases = BOTH.into_iter().zip(self.0.urls.clone()).collect();
         CentersOptions { databases, ..CentersOptions::default() }
     }
 
-    async fn number(&self, which: usize, sql: &str) -> i64 {
+    pub(super) fn server(&self, which: Which) -> &Mariadb {
+        which.of(&self.0.servers)
+    }
+
+    pub(super) async fn number(&self, which: usize, sql: &str) -> i64 {
         let mut conn = MySqlConnection::connect(&self.0.urls[which]).await.unwrap();
         let number = sqlx::query_scalar(AssertSqlSafe(sql.to_owned())).fetch_one(&mut conn).await.unwrap();
         conn.close().await.unwrap();
@@ -137,13 +141,13 @@ fn shift(centers: &Centers, asked: Which, args: &[&str]) -> (i32, Value) {
     (code, out.lines().last().and_then(|line| serde_json::from_str(line).ok()).unwrap_or(Value::Null))
 }
 
-fn owners(topology: &Value) -> Vec<String> {
+pub(super) fn owners(topology: &Value) -> Vec<String> {
     let owners = topology["shard_owners"].as_array().unwrap();
     owners.iter().map(|owner| owner.as_str().unwrap().to_owned()).collect()
 }
 
 /// Both databases hold exactly what the ledger holds; the audits are clean; what was paid is paid in both.
-async fn compare(centers: &Centers, bought: &[Bought], paid: &[Bought]) {
+pub(super) async fn compare(centers: &Centers, bought: &[Bought], paid: &[Bought]) {
     let all: Vec<Bought> = bought.iter().chain(paid).cloned().collect();
     let claims = compare_ledger(centers, Which::A, "phone", &all).await;
     let mut expected: Vec<(String, String)> =
