@@ -177,6 +177,11 @@ fn outcome(answer: Option<Answer>) -> Result<Option<String>, String> {
     match (answer.status, answer.code()) {
         (202, _) => Ok(Some(answer.body["order_id"].as_str().unwrap().to_owned())),
         (409, "sold_out") => Ok(None),
+        // Where a load balancer would lead nobody: the service has started before what it stands on.
+        (503, "no_authority") if answer.body["detail"] == json!("The service is starting") => {
+            assert_eq!(answer.body["executed"], json!("no"), "{answer:?}");
+            Err("no_authority: starting".to_owned())
+        }
         (503, code) if answer.body["retryable"] == json!(true) => Err(code.to_owned()),
         other => panic!("{other:?}: {}", answer.body),
     }
