@@ -166,6 +166,7 @@ done
 echo "secret for user tokens  $data/dev-token-secret"
 echo "admin token             $data/admin-token"
 echo "payments token          $data/payments-token"
+echo "for the commands        export SECKILL_ADMIN_URL=http://127.0.0.1:$((base + 1)) SECKILL_ADMIN_TOKEN_FILE=$data/admin-token"
 echo "ready"
 
 # One that ends by itself ends the cluster.

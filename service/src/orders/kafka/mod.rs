@@ -152,6 +152,8 @@ impl KafkaQueue {
         for relay in self.relays.values() {
             match &*relay.borrow() {
                 RelayStatus::Starting | RelayStatus::Elsewhere | RelayStatus::Publishing { .. } => {}
+                // Those to both centers may wait for the same.
+                RelayStatus::Waiting { reason } if waiting.contains(reason) => {}
                 RelayStatus::Waiting { reason } => waiting.push(reason.clone()),
             }
         }
