@@ -1,5 +1,7 @@
 //! What confirms the authority, and from which moment on (A1).
 
+use std::sync::Arc;
+
 use futures_util::future::join_all;
 
 use super::super::held_store::HeldStore;
@@ -114,4 +116,17 @@ async fn what_a_watch_shows_confirms_nothing() {
     held.store.reads.open();
     eventually("a read confirms", || held.authority.grant().is_ok()).await;
     token.cancel();
+}
+
+// The clock of whoever waits a lease out may run a little faster than the one of whoever has it.
+#[test]
+fn a_lease_ends_a_little_earlier_than_it_was_granted_for() {
+    let authority = Authority::new(CenterId::new("a").unwrap(), Duration::from_secs(20), 1);
+    let topology = Arc::new(document());
+    authority.admit(0, topology.fence(), "run", 0);
+    let ago = |time: Duration| boottime_ns().saturating_sub(u64::try_from(time.as_nanos()).unwrap());
+    authority.confirm(&topology, ago(Duration::from_secs(10)));
+    authority.grant().unwrap();
+    authority.confirm(&topology, ago(Duration::from_millis(19_850)));
+    assert!(authority.grant().is_err(), "it lasts to its very end");
 }

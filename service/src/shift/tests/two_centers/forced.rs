@@ -29,6 +29,9 @@ async fn a_dead_master_is_replaced_without_loss_and_follows_when_it_is_back() {
     pair.tells(&shift);
     done(&shift);
     assert!(shift.exposure.as_ref().unwrap().lossless);
+    // A1: nobody could know that a's services had not merely fallen silent. From the record on, which was a moment before.
+    let waited = shift.steps.iter().find(|step| step.name == "wait_lease").and_then(|step| step.took_ms);
+    assert!(waited >= Some(SHORT_LEASE.as_millis() as u64 / 2), "the lease was not waited out: {waited:?}");
     pair.until_master("b", shift.epoch).await;
     buyers.sell(1).await;
     let took = asked.elapsed();
