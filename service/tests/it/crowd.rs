@@ -59,6 +59,17 @@ pub(crate) struct Heard {
     pub(crate) again: BTreeMap<String, u64>,
 }
 
+impl Heard {
+    /// With what others heard.
+    pub(crate) fn add(&mut self, other: Heard) {
+        self.bought.extend(other.bought);
+        self.sold_out += other.sold_out;
+        for (code, count) in other.again {
+            *self.again.entry(code).or_default() += count;
+        }
+    }
+}
+
 /// Shoppers that buy, one after another, until they are stopped. Each asks its own center first and, when that has no
 /// outcome for it, the other one, and so on, always with the same key; every tenth asks both at once.
 pub(crate) struct Crowd {
@@ -117,12 +128,7 @@ impl Crowd {
     pub(crate) async fn finish(mut self) -> Heard {
         let mut all = Heard::default();
         while let Some(heard) = self.shoppers.join_next().await {
-            let heard = heard.unwrap();
-            all.bought.extend(heard.bought);
-            all.sold_out += heard.sold_out;
-            for (code, count) in heard.again {
-                *all.again.entry(code).or_default() += count;
-            }
+            all.add(heard.unwrap());
         }
         all
     }

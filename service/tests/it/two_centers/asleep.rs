@@ -49,7 +49,9 @@ async fn a_service_that_slept_while_its_shards_were_handed_over_writes_nothing_w
     let second = Second::start(&centers);
     until_instances_of_b(&centers, 2).await;
     let mut payments = JoinSet::new();
-    let (asleep, moved, given_up) = fall_asleep_while_shards_move(&centers, &mut payments, &paid).await;
+    let mut heard = crowd.stop().await;
+    let Moved { asleep, topology: moved, given_up, crowd } =
+        fall_asleep_while_shards_move(&centers, &mut payments, &paid).await;
     assert!(owners(&moved).iter().all(|owner| owner == "a"), "{moved:#}\n{}", centers.logs());
     for bought in &paid {
         payments.spawn(pay(b.clone(), bought.order_id.clone()));
@@ -113,7 +115,7 @@ async fn a_service_that_slept_while_its_shards_were_handed_over_writes_nothing_w
     assert_eq!((&topology["blocked_shards"], &topology["shift"]), (&json!([]), &Value::Null));
     crowd.until_more(20).await;
 
-    let heard = crowd.stop().await;
+    heard.add(crowd.stop().await);
     println!("{} bought; asked again: {:?}", heard.bought.len(), heard.again);
     let bought: Vec<Bought> = heard.bought.into_iter().chain([new]).collect();
     compare(&centers, &bought, &paid).await;
@@ -122,27 +124,41 @@ async fn a_service_that_slept_while_its_shards_were_handed_over_writes_nothing_w
     assert_eq!((count("done"), count("failed"), count("aborted")), (1, 1, 1 + given_up), "{told:?}");
 }
 
-/// One of b's two services stands still with a payment in its hands, and all of b's shards move to a. Returns since when,
-/// the topology after that, and how often it was given up.
+/// What became of [`fall_asleep_while_shards_move`].
+struct Moved {
+    /// Since when it sleeps.
+    asleep: Instant,
+    /// After the shards moved.
+    topology: Value,
+    /// How often the shift was given up before.
+    given_up: usize,
+    crowd: Crowd,
+}
+
+/// One of b's two services stands still with a payment in its hands, and all of b's shards move to a, while people buy.
 ///
-/// Whatever else it may have had in its hands: with a transaction under way it keeps its shards, as it has to, and the
-/// shift is given up. Then it is tried again.
+/// Nobody buys in the moment in which it falls asleep: with a transaction under way it keeps its shards, as it has to, and
+/// the shift is given up after 20 s. If that happens all the same, it is tried again.
 async fn fall_asleep_while_shards_move(
     centers: &Centers,
     payments: &mut JoinSet<u32>,
     paid: &[Bought],
-) -> (Instant, Value, usize) {
+) -> Moved {
+    let mut crowd = None;
     for (given_up, bought) in paid.iter().take(ATTEMPTS).enumerate() {
         until_instances_of_b(centers, 2).await;
         arm(centers, "paying", "stop");
         payments.spawn(pay(centers.client(Which::B), bought.order_id.clone()));
         until_still(centers, Which::B).await;
         let asleep = Instant::now();
+        let shopping = crowd.take().unwrap_or_else(|| Crowd::start(centers, "phone", "v", WIDTH, PLENTY));
         until_instances_of_b(centers, 1).await;
         let (code, answer) = shards(centers, Which::A, &["--from", "b", "--to", "a"]).answered().await;
         if code == 0 {
-            return (asleep, centers.topology(Which::A).await, given_up);
+            let topology = centers.topology(Which::A).await;
+            return Moved { asleep, topology, given_up, crowd: shopping };
         }
+        crowd = Some(shopping);
         println!("given up: {}", answer["shift"]["message"]);
         assert_eq!(code, 3, "{answer:#}\n{}", centers.logs());
         centers.pause_service(Which::B, false);
