@@ -6,6 +6,7 @@ mod course;
 mod deaths;
 mod faults;
 mod load;
+mod lost;
 mod shards;
 mod shift;
 mod shift_refused;
