@@ -436,7 +436,9 @@ pub(super) fn abort(topology: &mut Topology, held: &Shift, reason: &str) -> Resu
 /// Writes down how a shift that happened looks afterwards.
 pub(super) fn conclude(topology: &mut Topology, held: &Shift) -> Result<(), Replaced> {
     let shift = over(topology, held).ok_or(Replaced)?;
-    *shift = held.clone();
+    // A tail may have been saved, and settled, since the shift was verified.
+    let tails = std::mem::take(&mut shift.tails);
+    *shift = Shift { tails, ..held.clone() };
     Ok(())
 }
 
