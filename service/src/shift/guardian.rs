@@ -17,6 +17,7 @@ use tokio_util::task::TaskTracker;
 use super::ledger::{InitError, Ledger, LedgerError};
 use super::peers::{Access, Peers};
 use super::reclaim::{AdoptReport, Recovery};
+use super::settle;
 use super::status::{GuardianMetrics, ServerState};
 use super::sync::Replicas;
 use super::verdict::{InitPolicy, Seen, Verdict, isolates, judge};
@@ -282,7 +283,9 @@ impl Guardian {
 
     async fn adopt(&mut self) -> Result<AdoptReport, Recovery> {
         self.withdraw(NoAuthority::new(Cause::Adopting, "the ledger is being adopted"));
-        let outcome = self.ledger.adopt(&self.orders).await;
+        // What a tail was saved of it knows the keys that order tables do not have.
+        let keys = settle::keys(&self.options.diverged_dir).await;
+        let outcome = self.ledger.adopt(&self.orders, &keys).await;
         match &outcome {
             Ok(report) => {
                 tracing::warn!(

@@ -5,7 +5,7 @@
 //! once it has shown its fence and so has everything before it (D2). Until then a release counts as little as
 //! one of any degraded epoch: its record is kept and sent again (K4).
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use redis::aio::MultiplexedConnection;
 use seckill_domain::{Epoch, KeyDigest, LedgerState, OrderId, OrderStatus, Quantity, SaleId, Uid};
@@ -85,7 +85,13 @@ impl Ledger {
     /// Adopts whatever the server holds: a new epoch above everything known, then the stored orders are put
     /// right, then the topology says that the ledger may be used. Dying in between leaves the topology saying
     /// that an adoption is under way; the next one begins again and finds what is done already.
-    pub async fn adopt(&mut self, orders: &OrderStore) -> Result<AdoptReport, Recovery> {
+    ///
+    /// An order whose key is among these is claimed under it: whoever still retries hears of this order.
+    pub async fn adopt(
+        &mut self,
+        orders: &OrderStore,
+        keys: &HashMap<OrderId, KeyDigest>,
+    ) -> Result<AdoptReport, Recovery> {
         let partition = self.place().partition;
         let stored = orders.highest(partition).await?;
         let seen = self.look(stored).await?;
@@ -101,7 +107,7 @@ impl Ledger {
         tracing::warn!(partition, epoch, found = ?report.found, "adopting the ledger");
         let counts_at_once = self.counts_at_once();
         for sale in orders.sales().await? {
-            put_right(self.conn().await?, &fence, &sale, (orders, counts_at_once), &mut report).await?;
+            put_right(self.conn().await?, &fence, &sale, (orders, keys, counts_at_once), &mut report).await?;
         }
         self.record(fence.epoch, &seen.standing.run_id).await?;
         Ok(report)
@@ -123,7 +129,7 @@ async fn put_right(
     conn: &mut MultiplexedConnection,
     fence: &Fence,
     sale: &SaleId,
-    (orders, counts_at_once): (&OrderStore, bool),
+    (orders, keys, counts_at_once): (&OrderStore, &HashMap<OrderId, KeyDigest>, bool),
     report: &mut AdoptReport,
 ) -> Result<(), Recovery> {
     let known = read::sale(conn, sale).await?;
@@ -164,7 +170,7 @@ async fn put_right(
                     uid: order.uid,
                     quantity: order.order.quantity,
                     // Order tables do not have it.
-                    key: KeyDigest::default(),
+                    key: keys.get(&order.order.order_id).copied().unwrap_or_default(),
                 })
                 .collect();
             for batch in open.chunks(MAX_BATCH) {

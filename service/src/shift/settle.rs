@@ -12,7 +12,7 @@ mod saved;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::convert::Infallible;
 use std::ffi::OsStr;
 use std::io;
@@ -24,7 +24,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use rustix::fs::{FlockOperation, flock};
-use seckill_domain::{CenterId, Clock, Epoch, OutboxId, SystemClock};
+use seckill_domain::{CenterId, Clock, Epoch, KeyDigest, OrderId, OutboxId, SystemClock};
 use tokio::fs::{self, File};
 use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
@@ -288,38 +288,54 @@ fn may_be_acknowledged(topology: &Topology, center: &CenterId, file: &Path, last
     let shift = forced
         .clone()
         .find(|shift| shift.tails.iter().any(|tail| tail.file == name))
-        .or_else(|| forced.find(|shift| shift.state == ShiftState::Done && shift.epoch.0 > last.epoch));
+        .or_else(|| forced.find(|shift| shift.state != ShiftState::Aborted && shift.epoch.0 > last.epoch));
     !shift.and_then(|shift| shift.exposure.as_ref()).is_some_and(|exposure| exposure.lossless)
+}
+
+/// The keys of the orders in saved tails, for whoever claims such orders again without one.
+pub(super) async fn keys(folder: &Path) -> HashMap<OrderId, KeyDigest> {
+    saved::keys(folder).await
 }
 
 /// The saved tails in a folder that are not settled, the oldest first.
 async fn unsettled(folder: &Path) -> io::Result<Vec<PathBuf>> {
+    let (mut tails, marks) = tails(folder).await?;
+    tails.retain(|file| !marks.contains(&beside(file, ".settled")));
+    tails.sort();
+    Ok(tails)
+}
+
+/// The saved tails in a folder, and the marks of those that are settled.
+async fn tails(folder: &Path) -> io::Result<(Vec<PathBuf>, HashSet<PathBuf>)> {
+    let (mut tails, mut marks) = (Vec::new(), HashSet::new());
     let mut entries = match fs::read_dir(folder).await {
         Ok(entries) => entries,
         // It is made when the first tail is saved.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((tails, marks)),
         Err(error) => return Err(error),
     };
-    let mut names = Vec::new();
     while let Some(entry) = entries.next_entry().await? {
-        if let Some(name) = entry.file_name().to_str().filter(|name| name.starts_with("diverged-")) {
-            names.push(name.to_owned());
+        let name = entry.file_name();
+        let Some(name) = name.to_str().filter(|name| name.starts_with("diverged-")) else { continue };
+        let file = folder.join(name);
+        match file.extension().and_then(OsStr::to_str) {
+            Some("ndjson") => tails.push(file),
+            Some("settled") => drop(marks.insert(file)),
+            // One that is being written.
+            Some(_) | None => {}
         }
     }
-    let mut files: Vec<PathBuf> = names
-        .iter()
-        .filter(|name| Path::new(name).extension() == Some(OsStr::new("ndjson")))
-        .filter(|name| !names.contains(&format!("{name}.settled")))
-        .map(|name| folder.join(name))
-        .collect();
-    files.sort();
-    Ok(files)
+    Ok((tails, marks))
+}
+
+/// The path with this at its end.
+fn beside(file: &Path, end: &str) -> PathBuf {
+    PathBuf::from(format!("{}{end}", file.display()))
 }
 
 /// Puts `FILE.settled` beside a tail. When this returns it is on the disk.
 async fn mark(file: &Path, settled: &Settled) -> io::Result<()> {
-    let beside = |end: &str| PathBuf::from(format!("{}{end}", file.display()));
-    let (unfinished, finished) = (beside(".settled.new"), beside(".settled"));
+    let (unfinished, finished) = (beside(file, ".settled.new"), beside(file, ".settled"));
     let mut out = File::create(&unfinished).await?;
     let text = serde_json::to_string(settled).map_err(io::Error::other)?;
     out.write_all(format!("{text}\n").as_bytes()).await?;

@@ -9,7 +9,7 @@ use seckill_ledger::Fence;
 use super::{Metrics, PurchaseOutcome, StatusClass};
 use crate::inventory::InventoryMetrics;
 use crate::orders::{CenterLabel, KafkaMetrics, OrderMetrics};
-use crate::shift::GuardianMetrics;
+use crate::shift::{GuardianMetrics, SettleMetrics};
 use crate::topology::{Authority, new_ledger_id};
 
 const ALERTS: &str = include_str!("../../../deploy/alerts.yml");
@@ -26,6 +26,7 @@ fn shown() -> BTreeSet<String> {
         InventoryMetrics::default().register(registry);
         OrderMetrics::default().register(registry);
         GuardianMetrics::default().register(registry);
+        SettleMetrics::default().register(registry);
         Authority::fixed(fence).register(registry);
         kafka.register(registry);
     });

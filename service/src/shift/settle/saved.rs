@@ -1,5 +1,6 @@
 //! A saved tail, read again: see `docs/two-centers.md`, "The saved tail".
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use seckill_domain::{KeyDigest, OrderId, OrderRecord, OutboxId};
@@ -129,6 +130,29 @@ impl SavedLines {
     fn bad(&self, reason: String) -> Unreadable {
         Unreadable::Content { line: self.line, reason }
     }
+}
+
+/// The keys under which the orders of all saved tails in a folder were bought, settled or not. What cannot be read is told
+/// and left out: an order is claimed without its key then.
+pub(super) async fn keys(folder: &Path) -> HashMap<OrderId, KeyDigest> {
+    let mut keys = HashMap::new();
+    let files = super::tails(folder).await.map(|(tails, _)| tails).unwrap_or_default();
+    for file in files {
+        if let Err(error) = add_keys(&file, &mut keys).await {
+            tracing::warn!(file = %file.display(), %error, "a saved tail does not tell the keys of its orders");
+        }
+    }
+    keys
+}
+
+async fn add_keys(file: &Path, keys: &mut HashMap<OrderId, KeyDigest>) -> Result<(), Unreadable> {
+    let mut saved = SavedLines::open(file).await?;
+    while let Some(lost) = saved.next().await? {
+        let Lost::Orders(orders) = lost else { continue };
+        let known = orders.into_iter().filter(|order| order.key != KeyDigest::default());
+        keys.extend(known.map(|order| (order.record.order_id, order.key)));
+    }
+    Ok(())
 }
 
 /// The key of an order among the claims that the ledger held of its user, in hexadecimal.

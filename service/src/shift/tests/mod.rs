@@ -1,5 +1,6 @@
 //! The guardian against a real redis-server and a real order database.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -210,6 +211,25 @@ impl World {
         };
         let reply = reserve(&mut self.conn().await, &fence, 0, sale, &[entry]).await.unwrap();
         reply.outcomes.into_iter().next().unwrap()
+    }
+
+    /// Leaves a tail behind that has one order, under this key.
+    fn save_tail_of(&self, order_id: OrderId, uid: &str, key: KeyDigest) {
+        let key: String = key.iter().map(|byte| format!("{byte:02x}")).collect();
+        let claims = format!("{key}{:08x}00000100{:010x}", order_id.head(), order_id.seq());
+        let id = format!("1-{}", order_id.seq());
+        let terms = serde_json::json!({ "kind": "product", "unit_price": 100, "currency": "CNY", "payment_ttl_s": 900 });
+        let line = serde_json::json!({
+            "id": id,
+            "fields": {
+                "v": "1", "k": "orders", "s": "s", "t": terms.to_string(), "a": "1",
+                "o": format!("{:09} 1 {uid}\n", order_id.head()),
+            },
+            "orders": [{ "order_id": order_id, "uid": uid, "quantity": 1, "claims": claims }],
+        });
+        let head = serde_json::json!({ "kind": "diverged", "v": 1, "common": null, "last": id });
+        let file = self.dir.path().join("diverged-1-1.ndjson");
+        std::fs::write(file, format!("{head}\n{line}\n")).unwrap();
     }
 
     async fn pay(&self, order_id: OrderId) {
@@ -426,8 +446,14 @@ async fn the_ledger_of_yesterday_stops_sales_and_once_adopted_oversells_nothing(
     assert!(refusal.reason.contains("seckill ledger adopt"), "{refusal}");
     assert!(world.role().await.is_isolated());
 
+    // A tail that was saved of the ledger knows a key.
+    world.save_tail_of(later[1], "u4", [7; 16]);
     let report = world.service().guardian.adopt().await.unwrap();
     assert_eq!((report.released, report.held, report.reclaimed, report.cancelled), (1, 1, 2, 0));
+    let (_, claims) = read::scan_claims(&mut world.conn().await, &sale, 0, 1000).await.unwrap();
+    let keys: HashMap<OrderId, KeyDigest> =
+        claims.into_iter().map(|claim| (claim.order_id, claim.key)).collect();
+    assert_eq!([keys[&later[0]], keys[&later[1]]], [[0; 16], [7; 16]]);
     let fence = world.granted().await;
     assert!(fence.epoch > before.epoch);
     let books = world.sale(&sale).await;
