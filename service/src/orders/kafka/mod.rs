@@ -149,14 +149,16 @@ impl KafkaQueue {
             }
             ConsumerStatus::Waiting { reason } => waiting.push(reason.clone()),
         }
+        // Those to both centers may wait for the same, and that is said once; what the consumer waits for is said beside.
+        let mut relays: Vec<String> = Vec::new();
         for relay in self.relays.values() {
             match &*relay.borrow() {
                 RelayStatus::Starting | RelayStatus::Elsewhere | RelayStatus::Publishing { .. } => {}
-                // Those to both centers may wait for the same.
-                RelayStatus::Waiting { reason } if waiting.contains(reason) => {}
-                RelayStatus::Waiting { reason } => waiting.push(reason.clone()),
+                RelayStatus::Waiting { reason } if relays.contains(reason) => {}
+                RelayStatus::Waiting { reason } => relays.push(reason.clone()),
             }
         }
+        waiting.extend(relays);
         waiting.extend(self.without_brokers().into_iter().map(|center| {
             format!("orders of center {center} stay in the outbox: kafka.centers.{center} is not configured")
         }));
