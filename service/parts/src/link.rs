@@ -5,7 +5,7 @@
 //! 1 ms later than said, never earlier. Connecting itself is not delayed, only what is said.
 
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::time::Instant;
 
 use crate::error::PartError;
+use crate::ports;
 
 /// The most that one read takes.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -24,6 +25,9 @@ const CHUNK_BYTES: usize = 64 << 10;
 const IN_FLIGHT_BYTES: usize = 16 << 20;
 /// The same, in chunks: small ones must not pile up without end.
 const IN_FLIGHT_CHUNKS: usize = 64 << 10;
+
+/// How long a healthy line waits for its port before it tries to listen there again.
+const LISTEN_AGAIN: Duration = Duration::from_millis(20);
 
 /// What the line does with what is sent over it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -67,7 +71,8 @@ impl Link {
     }
 
     fn run(target: SocketAddr) -> io::Result<Link> {
-        let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
+        // A port that nobody else's connection takes while the line is cut.
+        let listener = ports::listener().ok_or(io::ErrorKind::AddrInUse)?;
         listener.set_nonblocking(true)?;
         let address = listener.local_addr()?;
         let conditions =
@@ -155,11 +160,23 @@ async fn accept(listener: std::net::TcpListener, conditions: &Arc<watch::Sender<
             // A closed port refuses; one that accepts and resets would look like a server that crashes.
             listener = None;
         } else if listener.is_none() {
-            listener = listen_again(address).await;
+            listener = TcpListener::bind(address).await.ok();
         }
         let Some(open) = &listener else {
-            if changes.changed().await.is_err() {
-                return;
+            // Somebody else has the port for a moment, or the line is cut.
+            let again = async {
+                match cut {
+                    true => std::future::pending().await,
+                    false => tokio::time::sleep(LISTEN_AGAIN).await,
+                }
+            };
+            tokio::select! {
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                }
+                () = again => {}
             }
             continue;
         };
@@ -176,19 +193,6 @@ async fn accept(listener: std::net::TcpListener, conditions: &Arc<watch::Sender<
                 }
             }
         }
-    }
-}
-
-/// The port may be somebody's local end for a moment.
-async fn listen_again(address: SocketAddr) -> Option<TcpListener> {
-    let mut patience = 100;
-    loop {
-        match TcpListener::bind(address).await {
-            Ok(listener) => return Some(listener),
-            Err(_) if patience > 0 => patience -= 1,
-            Err(_) => return None,
-        }
-        tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
 

@@ -22,9 +22,9 @@ pub(crate) fn free<const N: usize>() -> Result<[u16; N], PartError> {
     let mut held = Vec::with_capacity(N);
     let mut ports = [0; N];
     for port in &mut ports {
-        let listener = (0..ATTEMPTS).find_map(listen).ok_or(PartError::NoPort(FIRST, LAST))?;
-        *port = listener.1;
-        held.push(listener.0);
+        let listener = listener().ok_or(PartError::NoPort(FIRST, LAST))?;
+        *port = listener.local_addr().map_err(|_| PartError::NoPort(FIRST, LAST))?.port();
+        held.push(listener);
     }
     Ok(ports)
 }
@@ -48,10 +48,15 @@ pub(crate) fn remember<const N: usize>(dir: &Path, ports: [u16; N]) -> Result<()
     fs::write(&path, format!("{}\n", text.join(" "))).map_err(file_error("write", &path))
 }
 
-fn listen(attempt: u64) -> Option<(TcpListener, u16)> {
+/// Listens on a port of its own on 127.0.0.1; none if a great many were tried in vain.
+pub(crate) fn listener() -> Option<TcpListener> {
+    (0..ATTEMPTS).find_map(listen)
+}
+
+fn listen(attempt: u64) -> Option<TcpListener> {
     // A hash with random keys: as good as dice, and without a crate for them.
     let range = u64::from(LAST - FIRST);
     let offset = RandomState::new().hash_one(attempt) % range;
     let port = FIRST + u16::try_from(offset).ok()?;
-    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok().map(|listener| (listener, port))
+    TcpListener::bind((Ipv4Addr::LOCALHOST, port)).ok()
 }
