@@ -5,7 +5,7 @@ use seckill_domain::SaleId;
 use seckill_ledger::Fence;
 use seckill_ledger::testkit::RedisServer;
 
-use crate::table::{Better, Row, print, row};
+use crate::table::{Better, Row, median, print, row};
 use crate::{Scope, purchases};
 
 const CLAIM: &str = "Redis memory per claim";
@@ -126,15 +126,10 @@ impl Ledger {
         }
         let detail = format!(
             "{:.2} / {:.2} us, batches of {BATCH}, {} turns",
-            median(at_many),
-            median(at_few),
+            median(&at_many),
+            median(&at_few),
             ratios.len()
         );
         Ok(row(GROWTH, "x", &ratios, (Better::Lower, 1.15, 1.05), detail))
     }
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }

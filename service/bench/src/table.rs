@@ -57,6 +57,18 @@ impl Row {
     }
 }
 
+/// The median: of an even number of values, half way between the two in the middle.
+pub(crate) fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    match sorted.len() {
+        0 => 0.0,
+        even if even % 2 == 0 => f64::midpoint(sorted[middle - 1], sorted[middle]),
+        _ => sorted[middle],
+    }
+}
+
 /// A row from several rounds.
 pub(crate) fn row(
     what: &'static str,
@@ -67,8 +79,16 @@ pub(crate) fn row(
 ) -> Row {
     let mut sorted = rounds.to_vec();
     sorted.sort_by(f64::total_cmp);
-    let measured = sorted[sorted.len() / 2];
-    Row { what, unit, measured, range: (sorted[0], sorted[sorted.len() - 1]), bar, aim, better, detail }
+    Row {
+        what,
+        unit,
+        measured: median(rounds),
+        range: (sorted[0], sorted[sorted.len() - 1]),
+        bar,
+        aim,
+        better,
+        detail,
+    }
 }
 
 /// Prints one row as soon as it is measured.
@@ -130,4 +150,15 @@ pub(crate) fn write(path: &Path, redis: &str, rows: &[Row]) -> anyhow::Result<()
     }
     std::fs::write(path, serde_json::to_vec_pretty(&file)?)?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn the_median_favours_neither_half() {
+        assert_eq!(median(&[0.96, 0.74, 0.92, 0.78]), 0.85);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
+    }
 }
