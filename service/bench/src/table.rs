@@ -158,7 +158,7 @@ mod tests {
 
     #[test]
     fn the_median_favours_neither_half() {
-        assert_eq!(median(&[0.96, 0.74, 0.92, 0.78]), 0.85);
+        assert_eq!(median(&[4.0, 1.0, 3.0, 2.0]), 2.5);
         assert_eq!(median(&[3.0, 1.0, 2.0]), 2.0);
     }
 }
