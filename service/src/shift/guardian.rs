@@ -10,7 +10,7 @@ use seckill_domain::{CenterId, Epoch, OutboxId};
 use seckill_ledger::admin::FenceChange;
 use seckill_ledger::roles::{Role, Standing};
 use seckill_ledger::{Fence, load_all};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -23,6 +23,12 @@ use super::sync::Replicas;
 use super::verdict::{InitPolicy, Seen, Verdict, isolates, judge};
 use crate::orders::OrderStore;
 use crate::topology::{Authority, Cause, NoAuthority, Topology, TopologyHandle, TopologyState};
+
+mod requests;
+mod settings;
+
+use requests::Request;
+pub use requests::{GuardianHandle, RequestError};
 
 /// How often the server is looked at: a ledger that is emptied or replaced stops sales within this time. (Its
 /// scripts refuse by their fence from the first moment.)
@@ -65,80 +71,6 @@ pub enum ServerProcess {
     Down(Arc<str>),
     /// It runs, but its data is gone: nothing that it acknowledges would survive.
     Lost(Arc<str>),
-}
-
-/// Why a request was not carried out.
-#[derive(Debug, thiserror::Error)]
-pub enum RequestError<E> {
-    /// The guardian has ended: the service shuts down.
-    #[error("the service is shutting down")]
-    Closed,
-    /// Others wait already.
-    #[error("the ledger is being worked on already; look at /readyz")]
-    Busy,
-    /// It failed.
-    #[error("{0}")]
-    Failed(E),
-}
-
-enum Request {
-    Init(oneshot::Sender<Result<Fence, InitError>>),
-    Adopt(oneshot::Sender<Result<AdoptReport, Recovery>>),
-}
-
-/// Asks the guardian to do something. What was asked is finished even if the asking future is dropped.
-#[derive(Debug, Clone)]
-pub struct GuardianHandle {
-    requests: mpsc::Sender<Request>,
-    server: watch::Receiver<ServerState>,
-    metrics: GuardianMetrics,
-}
-
-impl GuardianHandle {
-    /// A handle whose guardian has ended.
-    #[cfg(test)]
-    pub(crate) fn ended() -> GuardianHandle {
-        GuardianHandle {
-            requests: mpsc::channel(1).0,
-            server: watch::channel(ServerState::Unknown).1,
-            metrics: GuardianMetrics::default(),
-        }
-    }
-
-    /// Follows what this center's server is.
-    pub fn server(&self) -> watch::Receiver<ServerState> {
-        self.server.clone()
-    }
-
-    /// Counters and gauges of the guardian.
-    pub fn metrics(&self) -> &GuardianMetrics {
-        &self.metrics
-    }
-
-    /// Creates the ledger on an empty server: `seckill ledger init`.
-    pub async fn init(&self) -> Result<Fence, RequestError<InitError>> {
-        let (answer, answered) = oneshot::channel();
-        self.ask(Request::Init(answer), answered).await
-    }
-
-    /// Goes on with whatever the server holds: `seckill ledger adopt`. Harmless on a ledger that is in order: a
-    /// new epoch begins.
-    pub async fn adopt(&self) -> Result<AdoptReport, RequestError<Recovery>> {
-        let (answer, answered) = oneshot::channel();
-        self.ask(Request::Adopt(answer), answered).await
-    }
-
-    async fn ask<T, E>(
-        &self,
-        request: Request,
-        answered: oneshot::Receiver<Result<T, E>>,
-    ) -> Result<T, RequestError<E>> {
-        self.requests.try_send(request).map_err(|error| match error {
-            mpsc::error::TrySendError::Full(_) => RequestError::Busy,
-            mpsc::error::TrySendError::Closed(_) => RequestError::Closed,
-        })?;
-        answered.await.map_err(|_| RequestError::Closed)?.map_err(RequestError::Failed)
-    }
 }
 
 /// Looks after one partition's server.
@@ -427,7 +359,7 @@ impl Guardian {
     async fn admit(&mut self, fence: Fence, run_id: String, seen: &Seen) -> Result<(), LedgerError> {
         let conn = self.ledger.conn().await?;
         load_all(conn).await?;
-        let risks = risks(conn).await;
+        let risks = settings::risks(conn).await;
         if !matches!(&self.state, State::Admitted { run_id: known, .. } if *known == run_id) {
             for risk in risks {
                 tracing::warn!(partition = self.options.partition, address = self.ledger.address(), "{risk}");
@@ -565,33 +497,4 @@ impl Guardian {
         self.replicas.forget_told();
         self.authority.refuse(self.options.partition, refusal);
     }
-}
-
-/// Settings of a server that break what an acknowledgement means.
-async fn risks(conn: &mut redis::aio::MultiplexedConnection) -> Vec<String> {
-    let settings: redis::RedisResult<std::collections::HashMap<String, String>> = redis::cmd("CONFIG")
-        .arg("GET")
-        .arg("appendonly")
-        .arg("appendfsync")
-        .arg("maxmemory-policy")
-        .query_async(conn)
-        .await;
-    let Ok(settings) = settings else {
-        return vec![
-            "the ledger's Redis does not show its configuration; appendonly yes, appendfsync always and \
-             maxmemory-policy noeviction are needed"
-                .to_owned(),
-        ];
-    };
-    let wanted = [("appendonly", "yes"), ("appendfsync", "always"), ("maxmemory-policy", "noeviction")];
-    wanted
-        .into_iter()
-        .filter_map(|(name, value)| match settings.get(name) {
-            Some(found) if found == value => None,
-            found => Some(format!(
-                "the ledger's Redis has {name} {}, {value} is needed: acknowledged purchases can be lost",
-                found.map_or("unknown", String::as_str)
-            )),
-        })
-        .collect()
 }
