@@ -138,15 +138,17 @@ impl Guardian {
             return Err(LedgerError::Changed);
         }
         if let Some(saved) = tail::save(&owner, standing, conn, source).await? {
-            self.metrics.tails_saved.inc();
-            tracing::error!(
-                partition = self.options.partition,
-                file = %saved.file.display(),
-                entries = saved.entries,
-                orders = saved.orders,
-                common = saved.common.map(|id| id.to_string()),
-                "this Redis held what the master does not have; it is saved before it becomes a replica"
-            );
+            if !saved.again {
+                self.metrics.tails_saved.inc();
+                tracing::error!(
+                    partition = self.options.partition,
+                    file = %saved.file.display(),
+                    entries = saved.entries,
+                    orders = saved.orders,
+                    common = saved.common.map(|id| id.to_string()),
+                    "this Redis held what the master does not have; it is saved before it becomes a replica"
+                );
+            }
             let (center, tail) = (self.options.center.clone(), Tail::from(&saved));
             let named = self.topology.update(move |topology| {
                 add_tail(topology, &center, &tail);

@@ -3,6 +3,7 @@
 //! Within an epoch only one master writes, so an entry that two outboxes have under the same id is the same entry,
 //! and everything before it is the same, too. What this server has behind the last such entry exists nowhere else.
 
+use std::io;
 use std::path::{Path, PathBuf};
 
 use redis::aio::MultiplexedConnection;
@@ -10,9 +11,11 @@ use seckill_domain::{CenterId, Clock, OrderRecord, OutboxId, SystemClock};
 use seckill_ledger::outbox::{self, Event};
 use seckill_ledger::read;
 use seckill_ledger::roles::Standing;
-use serde_json::json;
+use serde::Deserialize;
+use serde::de::IgnoredAny;
+use serde_json::{Value, json};
 use tokio::fs::{self, File};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 
 use super::ledger::LedgerError;
 use crate::topology::Tail;
@@ -31,6 +34,8 @@ pub(crate) struct SavedTail {
     pub(crate) entries: u64,
     /// How many orders these hold.
     pub(crate) orders: u64,
+    /// An attempt before this one saved it, and came no further.
+    pub(crate) again: bool,
 }
 
 impl From<&SavedTail> for Tail {
@@ -55,7 +60,8 @@ pub(crate) struct Owner<'a> {
 }
 
 /// Saves what `own` has in its outbox and the master has not; `None` if there is nothing. When this returns the
-/// file is on the disk.
+/// file is on the disk. What was saved before is not saved again: whatever keeps the server from becoming a replica,
+/// each attempt would leave a file behind.
 pub(crate) async fn save(
     owner: &Owner<'_>,
     standing: &Standing,
@@ -67,18 +73,22 @@ pub(crate) async fn save(
     if common == Some(last) {
         return Ok(None);
     }
-    let saved_at = SystemClock.now();
-    let name = format!("diverged-{}-{}.ndjson", last.epoch, saved_at.0);
-    let (file, unfinished) = (owner.folder.join(&name), owner.folder.join(format!("{name}.new")));
     let io = |source| LedgerError::Tail { folder: owner.folder.to_owned(), source };
     fs::create_dir_all(owner.folder).await.map_err(io)?;
-    let mut out = File::create(&unfinished).await.map_err(io)?;
-    let head = json!({
+    let mut head = json!({
         "kind": "diverged", "v": 1, "center": owner.center, "partition": owner.partition,
-        "fence": standing.fence, "run_id": standing.run_id, "saved_at": saved_at,
-        "common": common.map(|id| id.to_string()), "last": last.to_string(),
+        "fence": standing.fence, "common": common.map(|id| id.to_string()), "last": last.to_string(),
     });
-    let mut tail = SavedTail { file, common, entries: 0, orders: 0 };
+    let before = format!("diverged-{}-", last.epoch);
+    if let Some(tail) = saved_before(owner.folder, &before, &head, common).await.map_err(io)? {
+        return Ok(Some(tail));
+    }
+    let saved_at = SystemClock.now();
+    let name = format!("{before}{}.ndjson", saved_at.0);
+    let (file, unfinished) = (owner.folder.join(&name), owner.folder.join(format!("{name}.new")));
+    let mut out = File::create(&unfinished).await.map_err(io)?;
+    (head["run_id"], head["saved_at"]) = (json!(standing.run_id), json!(saved_at));
+    let mut tail = SavedTail { file, common, entries: 0, orders: 0, again: false };
     let mut text = format!("{head}\n");
     let mut after = common.unwrap_or(OutboxId::ZERO);
     loop {
@@ -87,7 +97,7 @@ pub(crate) async fn save(
         for (raw, entry) in page {
             after = entry.id;
             tail.entries += 1;
-            let fields: serde_json::Map<String, serde_json::Value> =
+            let fields: serde_json::Map<String, Value> =
                 raw.fields.into_iter().map(|(name, value)| (name, value.into())).collect();
             let mut line = json!({ "id": entry.id.to_string(), "fields": fields });
             if let Ok(Event::Orders(orders)) = &entry.event {
@@ -110,6 +120,49 @@ pub(crate) async fn save(
     Ok(Some(tail))
 }
 
+/// The tail that stands in the folder under such a name and a first line that says at least this: whatever run of the
+/// server it was, the same entries follow.
+async fn saved_before(
+    folder: &Path,
+    name: &str,
+    head: &Value,
+    common: Option<OutboxId>,
+) -> io::Result<Option<SavedTail>> {
+    let mut entries = fs::read_dir(folder).await?;
+    while let Some(entry) = entries.next_entry().await? {
+        let found = entry.file_name();
+        let Some(found) = found.to_str().filter(|found| found.starts_with(name)) else { continue };
+        if !found.ends_with(".ndjson") {
+            continue;
+        }
+        let file = folder.join(found);
+        let mut lines = BufReader::new(File::open(&file).await?).lines();
+        let first = lines.next_line().await?.unwrap_or_default();
+        let says = |(name, wanted): (&String, &Value), first: &Value| first.get(name) == Some(wanted);
+        let same = serde_json::from_str::<Value>(&first).is_ok_and(|first| {
+            head.as_object().is_some_and(|head| head.iter().all(|field| says(field, &first)))
+        });
+        if !same {
+            continue;
+        }
+        let mut tail = SavedTail { file, common, entries: 0, orders: 0, again: true };
+        while let Some(line) = lines.next_line().await? {
+            let Entry { orders } = serde_json::from_str(&line).map_err(io::Error::other)?;
+            tail.entries += 1;
+            tail.orders += orders.len() as u64;
+        }
+        return Ok(Some(tail));
+    }
+    Ok(None)
+}
+
+/// A line of a tail, as far as it is counted.
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(default)]
+    orders: Vec<IgnoredAny>,
+}
+
 /// The last entry that both have.
 async fn common(
     own: &mut MultiplexedConnection,
@@ -129,10 +182,7 @@ async fn common(
 }
 
 /// The orders of an entry, each with what the ledger holds of its user in that sale: under which key it was bought.
-async fn claims(
-    own: &mut MultiplexedConnection,
-    orders: &[OrderRecord],
-) -> Result<serde_json::Value, LedgerError> {
+async fn claims(own: &mut MultiplexedConnection, orders: &[OrderRecord]) -> Result<Value, LedgerError> {
     let Some(first) = orders.first() else { return Ok(json!([])) };
     let users: Vec<_> = orders.iter().map(|order| order.uid.clone()).collect();
     let claims = read::raw_claims(own, &first.sale_id, &users).await?;

@@ -21,6 +21,7 @@ use tokio_util::task::TaskTracker;
 mod adoption;
 mod guards;
 mod record;
+mod tail;
 mod two_centers;
 
 use super::*;
