@@ -2,7 +2,7 @@
 //! that was not answered can be asked again (H3). Whoever coordinates is named in the record with a term; a
 //! coordinator that was replaced finds another one there and stops.
 
-use seckill_domain::{CenterId, Clock, Epoch, SystemClock};
+use seckill_domain::{CenterId, Clock, Epoch, OutboxId, SystemClock};
 use seckill_ledger::Fence;
 use seckill_ledger::roles::Standing;
 use serde_json::Map;
@@ -442,16 +442,25 @@ pub(super) fn conclude(topology: &mut Topology, held: &Shift) -> Result<(), Repl
     Ok(())
 }
 
-/// Names a saved tail in the forced shift that made it one.
-pub(super) fn add_tail(topology: &mut Topology, from: &CenterId, tail: &Tail) {
-    let lost = topology.history.iter_mut().rev().find(|shift| {
-        shift.kind == ShiftKind::Master && shift.mode == ShiftMode::Forced && shift.from == *from
-    });
+/// Names a saved tail in the forced shift that left it behind, if there was one.
+pub(super) fn add_tail(topology: &mut Topology, from: &CenterId, last: OutboxId, tail: &Tail) {
+    let lost = topology.history.iter_mut().find(|shift| left_behind(shift, from, last));
     if let Some(shift) = lost
         && shift.tails.iter().all(|known| known.file != tail.file)
     {
         shift.tails.push(tail.clone());
     }
+}
+
+/// Whether a shift, the first of the history, left this center's ledger behind with a tail that ends here: it was forced
+/// away from there after the tail's last entry. A tail that is later than every such shift is what the master itself
+/// lost, and no shift promised anything of it.
+pub(super) fn left_behind(shift: &Shift, from: &CenterId, last: OutboxId) -> bool {
+    shift.kind == ShiftKind::Master
+        && shift.mode == ShiftMode::Forced
+        && shift.from == *from
+        && shift.state != ShiftState::Aborted
+        && shift.epoch.0 > last.epoch
 }
 
 /// Says how a saved tail stands: how many of its paid orders have no claim, and what became of all of them once that is

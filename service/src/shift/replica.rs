@@ -151,7 +151,7 @@ impl Guardian {
             }
             let (center, tail) = (self.options.center.clone(), Tail::from(&saved));
             let named = self.topology.update(move |topology| {
-                add_tail(topology, &center, &tail);
+                add_tail(topology, &center, saved.last, &tail);
                 Ok::<_, std::convert::Infallible>(())
             });
             if let Err(error) = named.await {

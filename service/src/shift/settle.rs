@@ -38,7 +38,7 @@ use crate::cross_center::CrossCenter;
 use crate::fail_point::fail_point;
 use crate::inventory::Inventory;
 use crate::orders::{OrderCenters, supervise};
-use crate::topology::{Settled, ShiftKind, ShiftMode, ShiftState, Topology, TopologyHandle, UpdateError};
+use crate::topology::{Settled, Topology, TopologyHandle, UpdateError};
 
 /// How often the folder is looked at for tails.
 const LOOK: Duration = Duration::from_secs(1);
@@ -208,7 +208,7 @@ impl Settler {
             return Err(Failure::Busy);
         }
         let last = SavedLines::open(file).await?.last;
-        let unseen = may_be_acknowledged(topology, &self.parts.center, file, last);
+        let unseen = may_be_acknowledged(topology, &self.parts.center, last);
         self.round(file, unseen, &mut tail.progress).await?;
         let progress = &tail.progress;
         let of = |fate| count(progress, fate);
@@ -278,17 +278,9 @@ fn count(progress: &Progress, fate: Fate) -> u64 {
     progress.fates.iter().filter(|found| **found == fate).count() as u64
 }
 
-/// Whether the orders of a tail may have been acknowledged: not if the shift that made it one lost nothing (R1). That shift
-/// names the tail a moment after the file is there; it began after the tail's last entry.
-fn may_be_acknowledged(topology: &Topology, center: &CenterId, file: &Path, last: OutboxId) -> bool {
-    let name = file.display().to_string();
-    let mut forced = topology.history.iter().filter(|shift| {
-        shift.kind == ShiftKind::Master && shift.mode == ShiftMode::Forced && shift.from == *center
-    });
-    let shift = forced
-        .clone()
-        .find(|shift| shift.tails.iter().any(|tail| tail.file == name))
-        .or_else(|| forced.find(|shift| shift.state != ShiftState::Aborted && shift.epoch.0 > last.epoch));
+/// Whether the orders of a tail may have been acknowledged: not if the shift that left it behind lost nothing (R1).
+fn may_be_acknowledged(topology: &Topology, center: &CenterId, last: OutboxId) -> bool {
+    let shift = topology.history.iter().find(|shift| record::left_behind(shift, center, last));
     !shift.and_then(|shift| shift.exposure.as_ref()).is_some_and(|exposure| exposure.lossless)
 }
 

@@ -30,6 +30,8 @@ pub(crate) struct SavedTail {
     pub(crate) file: PathBuf,
     /// The last entry that both have, if any.
     pub(crate) common: Option<OutboxId>,
+    /// Its last entry.
+    pub(crate) last: OutboxId,
     /// How many entries were saved.
     pub(crate) entries: u64,
     /// How many orders these hold.
@@ -79,16 +81,15 @@ pub(crate) async fn save(
         "kind": "diverged", "v": 1, "center": owner.center, "partition": owner.partition,
         "fence": standing.fence, "common": common.map(|id| id.to_string()), "last": last.to_string(),
     });
-    let before = format!("diverged-{}-", last.epoch);
-    if let Some(tail) = saved_before(owner.folder, &before, &head, common).await.map_err(io)? {
+    if let Some(tail) = saved_before(owner.folder, &head, (common, last)).await.map_err(io)? {
         return Ok(Some(tail));
     }
     let saved_at = SystemClock.now();
-    let name = format!("{before}{}.ndjson", saved_at.0);
+    let name = format!("diverged-{}-{}.ndjson", last.epoch, saved_at.0);
     let (file, unfinished) = (owner.folder.join(&name), owner.folder.join(format!("{name}.new")));
     let mut out = File::create(&unfinished).await.map_err(io)?;
     (head["run_id"], head["saved_at"]) = (json!(standing.run_id), json!(saved_at));
-    let mut tail = SavedTail { file, common, entries: 0, orders: 0, again: false };
+    let mut tail = SavedTail { file, common, last, entries: 0, orders: 0, again: false };
     let mut text = format!("{head}\n");
     let mut after = common.unwrap_or(OutboxId::ZERO);
     loop {
@@ -120,18 +121,18 @@ pub(crate) async fn save(
     Ok(Some(tail))
 }
 
-/// The tail that stands in the folder under such a name and a first line that says at least this: whatever run of the
-/// server it was, the same entries follow.
+/// The tail in the folder whose first line says at least this: whatever run of the server it was, the same entries
+/// follow.
 async fn saved_before(
     folder: &Path,
-    name: &str,
     head: &Value,
-    common: Option<OutboxId>,
+    (common, last): (Option<OutboxId>, OutboxId),
 ) -> io::Result<Option<SavedTail>> {
+    let name = format!("diverged-{}-", last.epoch);
     let mut entries = fs::read_dir(folder).await?;
     while let Some(entry) = entries.next_entry().await? {
         let found = entry.file_name();
-        let Some(found) = found.to_str().filter(|found| found.starts_with(name)) else { continue };
+        let Some(found) = found.to_str().filter(|found| found.starts_with(&name)) else { continue };
         if !found.ends_with(".ndjson") {
             continue;
         }
@@ -145,7 +146,7 @@ async fn saved_before(
         if !same {
             continue;
         }
-        let mut tail = SavedTail { file, common, entries: 0, orders: 0, again: true };
+        let mut tail = SavedTail { file, common, last, entries: 0, orders: 0, again: true };
         while let Some(line) = lines.next_line().await? {
             let Entry { orders } = serde_json::from_str(&line).map_err(io::Error::other)?;
             tail.entries += 1;

@@ -28,7 +28,8 @@ use crate::orders::{OrderStore, Payment, PaymentId, StoreBatch, StoreOptions};
 use crate::shift::tail::{self, Owner};
 use crate::telemetry::Metrics;
 use crate::topology::{
-    Authority, Durability, Exposure, FileStore, Instances, Limits, Shift, Tail, TopologyState,
+    Authority, Durability, Exposure, FileStore, Instances, Limits, Shift, ShiftMode, ShiftState, Tail,
+    TopologyState,
 };
 
 mod outcomes;
