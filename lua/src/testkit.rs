@@ -22,12 +22,13 @@ use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client};
-use seckill_domain::{CenterId, Epoch};
+use seckill_domain::{CenterId, CenterNumber, Epoch, KeyDigest, Quantity, SaleId, Uid};
 use tempfile::TempDir;
 
 use crate::HUGE_PAGES;
 use crate::admin::{FenceChange, FenceOutcome, set_fence};
 use crate::fence::{Fence, LedgerId};
+use crate::reserve::{ReserveEntry, ReserveOutcome, reserve};
 
 /// How long a server may take to answer after its start.
 const START_DEADLINE: Duration = Duration::from_secs(20);
@@ -37,6 +38,17 @@ const FIRST_CONFIRMATION_MS: u64 = 15_000;
 const PORT_ATTEMPTS: usize = 5;
 /// Response timeout of test connections: long enough for a busy machine.
 const RESPONSE_TIMEOUT: Duration = Duration::from_secs(20);
+
+/// A purchase of one unit, by a user who is at home in center 1.
+pub fn one_unit(uid: &str, key: KeyDigest) -> ReserveEntry {
+    ReserveEntry {
+        uid: Uid::new(uid).expect("a user's id"),
+        key,
+        quantity: Quantity::ONE,
+        center: CenterNumber::new(1).expect("a center's number"),
+        traceparent: None,
+    }
+}
 
 /// One redis-server process in a folder of its own, ended and removed on drop.
 pub struct RedisServer {
@@ -202,6 +214,13 @@ impl RedisServer {
         let outcome = set_fence(&mut self.connect().await, &FenceChange::Init, &fence).await;
         assert_eq!(outcome.expect("an answer"), FenceOutcome::Set);
         fence
+    }
+
+    /// Buys one unit of a sale, on a connection of its own.
+    pub async fn buy(&self, fence: &Fence, sale: &SaleId, uid: &str, key: KeyDigest) -> ReserveOutcome {
+        let entry = one_unit(uid, key);
+        let reply = reserve(&mut self.connect().await, fence, 0, sale, &[entry]).await;
+        reply.expect("an answer").outcomes.swap_remove(0)
     }
 
     /// Starts the process; whether it answers.

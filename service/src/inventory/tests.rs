@@ -12,8 +12,8 @@ use seckill_domain::{
 use seckill_ledger::admin::{FenceChange, FenceOutcome, ReclaimEntry, set_fence};
 use seckill_ledger::read::scan_claims;
 use seckill_ledger::roles::standing;
-use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{Executed, Fence, ReserveEntry};
+use seckill_ledger::testkit::{RedisServer, one_unit};
+use seckill_ledger::{Executed, Fence};
 use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -295,13 +295,7 @@ async fn an_acceptance_is_in_doubt_once_its_authority_has_ended() {
     let unknown = PurchaseError::MasterUnreachable { executed: Executed::Unknown };
     for (uid, grant, doubt) in [("alice", alone, unknown), ("bob", replicated, PurchaseError::NotReplicated)]
     {
-        let entry = ReserveEntry {
-            uid: Uid::new(uid).unwrap(),
-            key: *IdempotencyKey::new("k").unwrap().digest(),
-            quantity: Quantity::ONE,
-            center: CenterNumber::new(1).unwrap(),
-            traceparent: None,
-        };
+        let entry = one_unit(uid, *IdempotencyKey::new("k").unwrap().digest());
         let verdicts = match local.attempt(&grant, &SaleId::new("s").unwrap(), &[entry]).await {
             route::Attempt::Done(verdicts) => verdicts,
             route::Attempt::Pending { rest, .. } => rest.await,

@@ -1,10 +1,8 @@
 //! The marker at its moments (M3): no task runs, each step is made by hand, the ledger is a real one.
 
-use seckill_domain::{CenterNumber, IdempotencyKey, KeyDigest, OrderId, Quantity, SaleSpec};
-use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{
-    ReleaseEntry, ReleaseOutcome, ReserveEntry, ReserveOutcome, create_sale, read, release, reserve,
-};
+use seckill_domain::{IdempotencyKey, KeyDigest, OrderId, Quantity, SaleSpec};
+use seckill_ledger::testkit::{RedisServer, one_unit};
+use seckill_ledger::{ReleaseEntry, ReleaseOutcome, ReserveOutcome, create_sale, read, release, reserve};
 
 use super::*;
 
@@ -59,13 +57,7 @@ impl Shop {
 
     /// The ledger's answer, and how its stock stood.
     async fn ask(&mut self, uid: &str) -> (ReserveOutcome, StockMark) {
-        let entry = ReserveEntry {
-            uid: Uid::new(uid).unwrap(),
-            key: purchase(uid).key,
-            quantity: Quantity::ONE,
-            center: CenterNumber::new(1).unwrap(),
-            traceparent: None,
-        };
+        let entry = one_unit(uid, purchase(uid).key);
         let reply = reserve(&mut self.conn, &self.fence, 0, &self.sale, &[entry]).await.unwrap();
         (reply.outcomes.into_iter().next().unwrap(), reply.mark)
     }

@@ -4,9 +4,7 @@ use seckill_domain::{Epoch, IdempotencyKey, SaleSpec};
 use seckill_ledger::admin::{FenceChange, set_fence};
 use seckill_ledger::roles::isolate;
 use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{
-    Cursor, CursorOutcome, Fence, ReserveEntry, ReserveOutcome, ShardSet, create_sale, read, reserve,
-};
+use seckill_ledger::{Cursor, CursorOutcome, Fence, ReserveOutcome, ShardSet, create_sale, read};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -40,18 +38,9 @@ impl Pair {
     }
 
     async fn buy(&self, uid: &str) -> OrderId {
-        let entry = ReserveEntry {
-            uid: Uid::new(uid).unwrap(),
-            key: *IdempotencyKey::new("k").unwrap().digest(),
-            quantity: Quantity::ONE,
-            center: CenterNumber::new(1).unwrap(),
-            traceparent: None,
-        };
-        let mut conn = self.master.connect().await;
-        let sale = SaleId::new("s").unwrap();
-        let reply = reserve(&mut conn, &self.fence, 0, &sale, &[entry]).await.unwrap();
-        match &reply.outcomes[..] {
-            [ReserveOutcome::Accepted(order_id)] => *order_id,
+        let key = *IdempotencyKey::new("k").unwrap().digest();
+        match self.master.buy(&self.fence, &SaleId::new("s").unwrap(), uid, key).await {
+            ReserveOutcome::Accepted(order_id) => order_id,
             other => panic!("{other:?}"),
         }
     }

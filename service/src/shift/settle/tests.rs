@@ -5,15 +5,12 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 
 use seckill_domain::{
-    CenterNumber, IdempotencyKey, KeyDigest, OrderId, OrderRecord, OrderStatus, Quantity, SaleId, SaleSpec,
-    Uid,
+    CenterNumber, IdempotencyKey, KeyDigest, OrderId, OrderRecord, OrderStatus, SaleId, SaleSpec, Uid,
 };
 use seckill_ledger::admin::{FenceChange, FenceOutcome, ReclaimEntry, set_fence};
 use seckill_ledger::read::{Claim, Sale, scan_claims};
 use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{
-    CreateOutcome, Fence, ReserveEntry, ReserveOutcome, add_stock, create_sale, outbox, read, reserve, roles,
-};
+use seckill_ledger::{CreateOutcome, Fence, ReserveOutcome, add_stock, create_sale, outbox, read, roles};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -103,7 +100,7 @@ impl World {
         let created = create_sale(&mut conn, &before, &spec, &KeyDigest::default()).await.unwrap();
         assert!(matches!(created, CreateOutcome::Created { .. }));
         for (uid, under) in common {
-            bought(buy(&redis_a, &before, &spec.sale_id, uid, under).await);
+            bought(redis_a.buy(&before, &spec.sale_id, uid, key(under)).await);
         }
         let redis_b = RedisServer::start_replica_of(&redis_a).await;
         let mut conn_b = redis_b.connect().await;
@@ -189,7 +186,7 @@ impl World {
 
     /// Buys at the lost master.
     async fn lose(&self, uid: &str) -> OrderRecord {
-        let order_id = bought(buy(&self.a.redis, &self.before, &self.sale, uid, "k").await);
+        let order_id = bought(self.a.redis.buy(&self.before, &self.sale, uid, key("k")).await);
         let epoch = self.before.epoch.0;
         outbox::find_order(&mut self.a.redis.connect().await, epoch, order_id).await.unwrap().unwrap()
     }
@@ -374,18 +371,6 @@ async fn side(
     let options = ServeOptions { drain_deadline: Duration::ZERO, ..ServeOptions::default() };
     tracker.spawn(serve(listener, router, options, stop.clone()));
     Side { redis, topology, authority, inventory, orders, cross }
-}
-
-async fn buy(server: &RedisServer, fence: &Fence, sale: &SaleId, uid: &str, under: &str) -> ReserveOutcome {
-    let entry = ReserveEntry {
-        uid: Uid::new(uid).unwrap(),
-        key: key(under),
-        quantity: Quantity::ONE,
-        center: CenterNumber::new(1).unwrap(),
-        traceparent: None,
-    };
-    let reply = reserve(&mut server.connect().await, fence, 0, sale, &[entry]).await.unwrap();
-    reply.outcomes.into_iter().next().unwrap()
 }
 
 fn bought(outcome: ReserveOutcome) -> OrderId {

@@ -6,14 +6,12 @@ use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use seckill_domain::{
-    CenterId, CenterNumber, Epoch, KeyDigest, Money, OrderId, OrderStatus, Quantity, SaleId, SaleSpec, Uid,
+    CenterId, CenterNumber, Epoch, KeyDigest, Money, OrderId, OrderStatus, SaleId, SaleSpec, Uid,
 };
 use seckill_ledger::admin::{FenceChange, FenceOutcome, set_fence};
 use seckill_ledger::roles::{self, Role};
-use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{
-    CreateOutcome, Fence, LedgerId, ReserveEntry, ReserveOutcome, create_sale, read, reserve,
-};
+use seckill_ledger::testkit::{RedisServer, one_unit};
+use seckill_ledger::{CreateOutcome, Fence, LedgerId, ReserveOutcome, create_sale, read, reserve};
 use tempfile::TempDir;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -203,16 +201,7 @@ impl World {
 
     async fn try_buy(&self, sale: &SaleId, uid: &str) -> ReserveOutcome {
         let fence = self.granted().await;
-        let uid = Uid::new(uid).unwrap();
-        let entry = ReserveEntry {
-            uid,
-            key: KeyDigest::default(),
-            quantity: Quantity::new(1).unwrap(),
-            center: CenterNumber::new(1).unwrap(),
-            traceparent: None,
-        };
-        let reply = reserve(&mut self.conn().await, &fence, 0, sale, &[entry]).await.unwrap();
-        reply.outcomes.into_iter().next().unwrap()
+        self.server.buy(&fence, sale, uid, KeyDigest::default()).await
     }
 
     /// Leaves a tail behind that has one order, under this key.

@@ -307,17 +307,8 @@ impl Pair {
 
     /// Buys one unit at this server, whatever the topology says of it.
     async fn buy_at(&self, id: &str, fence: &Fence, sale: &SaleId, uid: &str) -> OrderId {
-        let entry = ReserveEntry {
-            uid: Uid::new(uid).unwrap(),
-            key: KeyDigest::default(),
-            quantity: Quantity::new(1).unwrap(),
-            center: CenterNumber::new(1).unwrap(),
-            traceparent: None,
-        };
-        let mut conn = self.centers[id].server.connect().await;
-        let reply = reserve(&mut conn, fence, 0, sale, &[entry]).await.unwrap();
-        match reply.outcomes.into_iter().next() {
-            Some(ReserveOutcome::Accepted(order_id) | ReserveOutcome::Replay(order_id)) => order_id,
+        match self.centers[id].server.buy(fence, sale, uid, KeyDigest::default()).await {
+            ReserveOutcome::Accepted(order_id) | ReserveOutcome::Replay(order_id) => order_id,
             other => panic!("{uid}: {other:?}"),
         }
     }

@@ -14,7 +14,7 @@ async fn orders_of_a_lost_master_are_claimed_again_and_that_counts_in_a_later_ep
     // Bought again under the same key when a was gone: one order for each key.
     let retried = world.lose_stored(&world.user("again", "b")).await;
     let uid = retried.uid.to_string();
-    let again = bought(buy(&world.b.redis, &world.fence, &world.sale, &uid, "k").await);
+    let again = bought(world.b.redis.buy(&world.fence, &world.sale, &uid, key("k")).await);
     let closed = world.lose_closed(&world.user("closed", "a")).await;
 
     let file = world.save_tail(false).await;
@@ -39,7 +39,7 @@ async fn orders_of_a_lost_master_are_claimed_again_and_that_counts_in_a_later_ep
         assert_eq!(world.status(record).await, open(OrderStatus::Created));
         // Whoever still asks under the key hears of this order.
         let uid = record.uid.as_str();
-        let outcome = buy(&world.b.redis, &world.fence, &world.sale, uid, "k").await;
+        let outcome = world.b.redis.buy(&world.fence, &world.sale, uid, key("k")).await;
         assert_eq!(outcome, ReserveOutcome::Replay(record.order_id));
     }
     assert_eq!(world.status(&retried).await, cancelled());
@@ -68,7 +68,7 @@ async fn without_room_unpaid_orders_are_cancelled_and_a_paid_one_waits_for_stock
         [world.lose_paid(&world.user("paid", "a")).await, world.lose_paid(&world.user("paid", "b")).await];
     // Sold to others: one unit is left.
     for uid in ["x1", "x2", "x3"] {
-        bought(buy(&world.b.redis, &world.fence, &world.sale, uid, "k").await);
+        bought(world.b.redis.buy(&world.fence, &world.sale, uid, key("k")).await);
     }
     let file = world.save_tail(false).await;
     // One after the other: each round goes on where the one before died.

@@ -220,13 +220,7 @@ async fn buy(centers: &[Shop], sale: &SaleId, uid: &str, stop: &CancellationToke
                 }
             };
             let Ok(mut conn) = conn else { continue };
-            let entry = ReserveEntry {
-                uid: Uid::new(uid).unwrap(),
-                key: KeyDigest::default(),
-                quantity: Quantity::new(1).unwrap(),
-                center: CenterNumber::new(1).unwrap(),
-                traceparent: None,
-            };
+            let entry = one_unit(uid, KeyDigest::default());
             let Ok(reply) = reserve(&mut conn, &grant.fence, 0, sale, &[entry]).await else { continue };
             let order_id = match reply.outcomes.into_iter().next() {
                 Some(ReserveOutcome::Accepted(order_id) | ReserveOutcome::Replay(order_id)) => order_id,
