@@ -13,6 +13,8 @@ mod fail_point;
 pub mod http;
 pub mod inventory;
 pub mod orders;
+#[cfg(test)]
+mod patience;
 pub mod shift;
 pub mod tasks;
 pub mod telemetry;

@@ -135,6 +135,20 @@ impl Keyring {
 }
 
 #[cfg(test)]
+impl Keyring {
+    /// The keys of centers a and b, as one of them has them.
+    pub(crate) fn of_a_test(of: &str) -> Keyring {
+        let center = |name: &str| CenterId::new(name).unwrap();
+        let key = |name: &str| CrossKey {
+            id: format!("{name}-1"),
+            center: center(name),
+            secret: [name.as_bytes()[0]; 32].to_vec(),
+        };
+        Keyring::new(center(of), [key("a"), key("b")]).unwrap()
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

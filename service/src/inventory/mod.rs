@@ -59,6 +59,20 @@ pub struct Purchase {
     pub traceparent: Option<Box<str>>,
 }
 
+#[cfg(test)]
+impl Purchase {
+    /// One unit of the sale `s`, under the key `k`.
+    pub(crate) fn of_a_test(uid: &str) -> Purchase {
+        Purchase {
+            uid: Uid::new(uid).unwrap(),
+            sale_id: SaleId::new("s").unwrap(),
+            key: *seckill_domain::IdempotencyKey::new("k").unwrap().digest(),
+            quantity: Quantity::ONE,
+            traceparent: None,
+        }
+    }
+}
+
 /// An accepted purchase. Its order may not be stored yet.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accepted {

@@ -99,7 +99,7 @@ impl Pair {
     }
 
     async fn buy(&self, uid: &str) -> Result<Accepted, PurchaseError> {
-        self.inventory.purchase(purchase(uid)).await
+        self.inventory.purchase(Purchase::of_a_test(uid)).await
     }
 
     /// A barrier of its own on the master, whose authority grants this fence.
@@ -130,16 +130,6 @@ async fn once_replicated<T, E: std::fmt::Debug>(mut ask: impl AsyncFnMut() -> Re
     }
 }
 
-fn purchase(uid: &str) -> Purchase {
-    Purchase {
-        uid: Uid::new(uid).unwrap(),
-        sale_id: SaleId::new("s").unwrap(),
-        key: *IdempotencyKey::new("k").unwrap().digest(),
-        quantity: Quantity::ONE,
-        traceparent: None,
-    }
-}
-
 /// K2, K3: with the replica stopped nothing is acknowledged, neither an acceptance nor a replay of one; and the
 /// same key finds the result later.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -152,7 +142,7 @@ async fn nothing_is_acknowledged_that_the_replica_has_not_confirmed() {
     // waits for that.
     let batches = || pair.inventory.metrics().batches.get();
     let (sent, inventory) = (batches(), pair.inventory.clone());
-    let replay = tokio::spawn(async move { inventory.purchase(purchase("alice")).await });
+    let replay = tokio::spawn(async move { inventory.purchase(Purchase::of_a_test("alice")).await });
     let begun = Instant::now();
     while batches() == sent {
         assert!(begun.elapsed() < Duration::from_secs(20), "the replay is not sent");
@@ -373,7 +363,7 @@ async fn a_promoted_replica_has_everything_that_was_acknowledged() {
                     while !stop.is_cancelled() {
                         n += 1;
                         let uid = format!("r{round}b{buyer}n{n}");
-                        if let Ok(accepted) = inventory.purchase(purchase(&uid)).await {
+                        if let Ok(accepted) = inventory.purchase(Purchase::of_a_test(&uid)).await {
                             acknowledged.push((uid, accepted.order_id));
                         }
                     }

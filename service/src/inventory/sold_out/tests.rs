@@ -1,6 +1,6 @@
 //! The marker at its moments (M3): no task runs, each step is made by hand, the ledger is a real one.
 
-use seckill_domain::{IdempotencyKey, KeyDigest, OrderId, Quantity, SaleSpec};
+use seckill_domain::{KeyDigest, OrderId, SaleSpec};
 use seckill_ledger::testkit::{RedisServer, one_unit};
 use seckill_ledger::{ReleaseEntry, ReleaseOutcome, ReserveOutcome, create_sale, read, release, reserve};
 
@@ -57,7 +57,7 @@ impl Shop {
 
     /// The ledger's answer, and how its stock stood.
     async fn ask(&mut self, uid: &str) -> (ReserveOutcome, StockMark) {
-        let entry = one_unit(uid, purchase(uid).key);
+        let entry = one_unit(uid, Purchase::of_a_test(uid).key);
         let reply = reserve(&mut self.conn, &self.fence, 0, &self.sale, &[entry]).await.unwrap();
         (reply.outcomes.into_iter().next().unwrap(), reply.mark)
     }
@@ -85,17 +85,7 @@ impl Shop {
     }
 
     fn rejects(&self, uid: &str) -> bool {
-        self.sold_out.rejects(&purchase(uid))
-    }
-}
-
-fn purchase(uid: &str) -> Purchase {
-    Purchase {
-        uid: Uid::new(uid).unwrap(),
-        sale_id: SaleId::new("s").unwrap(),
-        key: *IdempotencyKey::new("k").unwrap().digest(),
-        quantity: Quantity::ONE,
-        traceparent: None,
+        self.sold_out.rejects(&Purchase::of_a_test(uid))
     }
 }
 

@@ -9,9 +9,9 @@ use seckill_parts::Link;
 use tokio::net::TcpListener;
 
 use super::*;
+use crate::cross_center::Keyring;
 use crate::cross_center::calls::{ReserveCall, ReserveLine, ReserveOutcome, WireKey};
 use crate::cross_center::session::Sessions;
-use crate::cross_center::{CrossKey, Keyring};
 use crate::http::{InternalState, ServeOptions, internal_router, serve};
 use crate::orders::{OrderStore, StoreOptions};
 use crate::telemetry::Metrics;
@@ -39,15 +39,6 @@ struct Centers {
 
 fn id(name: &str) -> CenterId {
     CenterId::new(name).unwrap()
-}
-
-fn ring(of: &str) -> Keyring {
-    let key = |name: &str| CrossKey {
-        id: format!("{name}-1"),
-        center: id(name),
-        secret: [name.as_bytes()[0]; 32].to_vec(),
-    };
-    Keyring::new(id(of), [key("a"), key("b")]).unwrap()
 }
 
 async fn run_id(redis: &RedisServer) -> String {
@@ -103,7 +94,8 @@ impl Centers {
             let topology =
                 TopologyHandle::open_or_create(store, authority.clone(), document.clone()).await.unwrap();
             topology.spawn(&tracker, stop.clone());
-            let cross = CrossCenter::new(ring(name), topology.clone(), Instances::fixed(Vec::new()));
+            let cross =
+                CrossCenter::new(Keyring::of_a_test(name), topology.clone(), Instances::fixed(Vec::new()));
             let ledger = LedgerConfig {
                 partitions: vec![SecretUrl::new(redis.url())],
                 response_timeout_ms,
@@ -120,7 +112,7 @@ impl Centers {
             let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
             let database = format!("sqlite:{}", dir.path().join(format!("{name}.db")).display());
             let router = internal_router(InternalState {
-                sessions: Sessions::new(ring(name), name.to_owned()),
+                sessions: Sessions::new(Keyring::of_a_test(name), name.to_owned()),
                 inventory: inventory.clone(),
                 orders: OrderStore::open(&database, StoreOptions::new(id(name))).await.unwrap(),
                 queue: None,
@@ -237,7 +229,7 @@ fn epoch_of(order: OrderId) -> u32 {
 impl Side {
     /// A purchase under way.
     fn buying(&self, uid: &str) -> tokio::task::JoinHandle<Result<Accepted, PurchaseError>> {
-        let (inventory, purchase) = (self.inventory.clone(), purchase(uid));
+        let (inventory, purchase) = (self.inventory.clone(), Purchase::of_a_test(uid));
         tokio::spawn(async move { inventory.purchase(purchase).await })
     }
 
@@ -271,7 +263,7 @@ async fn purchases_of_both_centers_are_held_and_flow_to_the_next_master() {
             let mut accepted = Vec::new();
             while !over.load(Ordering::Relaxed) {
                 let uid = format!("b{buyer}n{}", accepted.len());
-                let order = inventory.purchase(purchase(&uid)).await;
+                let order = inventory.purchase(Purchase::of_a_test(&uid)).await;
                 let order = order.unwrap_or_else(|error| panic!("{uid}: {error}"));
                 accepted.push((uid, order.order_id));
             }
@@ -339,7 +331,7 @@ async fn purchases_held_for_too_long_or_beside_too_many_are_turned_away() {
         let begun = Instant::now();
         let held = [side.buying("alice"), side.buying("bob")];
         side.holds(2).await;
-        assert_eq!(side.inventory.purchase(purchase("carol")).await, Err(PurchaseError::Shifting));
+        assert_eq!(side.inventory.purchase(Purchase::of_a_test("carol")).await, Err(PurchaseError::Shifting));
         assert!(begun.elapsed() < Duration::from_millis(400), "carol was held");
         for buyer in held {
             assert_eq!(buyer.await.unwrap(), Err(PurchaseError::Shifting));
@@ -372,7 +364,7 @@ async fn a_reply_that_a_shift_swallowed_gives_one_order() {
     assert!(orders.iter().all(|order| !order.replayed && epoch_of(order.order_id) == 1), "{orders:?}");
     let claims = centers.claims(&centers.b).await;
     assert_eq!(claims.values().copied().collect::<Vec<_>>(), [1, 1]);
-    let replay = centers.a.inventory.purchase(purchase("bob")).await.unwrap();
+    let replay = centers.a.inventory.purchase(Purchase::of_a_test("bob")).await.unwrap();
     assert_eq!((replay.order_id, replay.replayed), (orders[1].order_id, true));
 }
 
@@ -382,7 +374,7 @@ async fn nobody_waits_for_the_old_master_once_there_is_another() {
     let config = InventoryConfig { deadline_ms: 60_000, hold_ms: 30_000, ..InventoryConfig::default() };
     let centers = Centers::that_wait(60_000, config).await;
     centers.sale(10).await;
-    centers.b.inventory.purchase(purchase("before")).await.unwrap();
+    centers.b.inventory.purchase(Purchase::of_a_test("before")).await.unwrap();
     centers.line.stall();
     let sent = || centers.b.inventory.metrics().batched.get();
     let before = sent();
@@ -471,7 +463,7 @@ async fn each_purchase_is_answered_at_its_own_deadline() {
     for buyer in 0..4 {
         let (inventory, begun) = (centers.a.inventory.clone(), Instant::now());
         buyers.push(tokio::spawn(async move {
-            let outcome = inventory.purchase(purchase(&format!("u{buyer}"))).await;
+            let outcome = inventory.purchase(Purchase::of_a_test(&format!("u{buyer}"))).await;
             (outcome, begun.elapsed())
         }));
         tokio::time::sleep(Duration::from_millis(100)).await;

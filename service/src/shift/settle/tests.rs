@@ -17,11 +17,12 @@ use tokio::net::TcpListener;
 
 use super::*;
 use crate::config::{CenterSpec, ClusterConfig, InventoryConfig, LedgerConfig, SecretUrl};
+use crate::cross_center::Keyring;
 use crate::cross_center::session::Sessions;
-use crate::cross_center::{CrossKey, Keyring};
 use crate::http::{InternalState, ServeOptions, internal_router, serve};
 use crate::inventory::Parts;
 use crate::orders::{OrderStore, Payment, PaymentId, StoreBatch, StoreOptions};
+use crate::patience::eventually;
 use crate::shift::tail::{self, Owner};
 use crate::telemetry::Metrics;
 use crate::topology::{
@@ -31,35 +32,12 @@ use crate::topology::{
 
 mod outcomes;
 
-/// The longest that anything may take that has to happen.
-const PATIENCE: Duration = Duration::from_secs(30);
-
 fn id(name: &str) -> CenterId {
     CenterId::new(name).unwrap()
 }
 
-fn ring(of: &str) -> Keyring {
-    let key = |name: &str| CrossKey {
-        id: format!("{name}-1"),
-        center: id(name),
-        secret: [name.as_bytes()[0]; 32].to_vec(),
-    };
-    Keyring::new(id(of), [key("a"), key("b")]).unwrap()
-}
-
 fn key(text: &str) -> KeyDigest {
     *IdempotencyKey::new(text).unwrap().digest()
-}
-
-async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
-    }
 }
 
 /// One center's service, as far as it takes part.
@@ -342,7 +320,7 @@ async fn side(
     let store = FileStore::new(dir.join("topology.json"));
     let topology = TopologyHandle::open_or_create(store, authority.clone(), document).await.unwrap();
     topology.spawn(tracker, stop.clone());
-    let cross = CrossCenter::new(ring(name), topology.clone(), Instances::fixed(Vec::new()));
+    let cross = CrossCenter::new(Keyring::of_a_test(name), topology.clone(), Instances::fixed(Vec::new()));
     let ledger = LedgerConfig { partitions: vec![SecretUrl::new(redis.url())], ..LedgerConfig::default() };
     let parts = Parts {
         ledger: &ledger,
@@ -358,7 +336,7 @@ async fn side(
     let options = StoreOptions { shards, ..StoreOptions::new(id(name)) };
     let orders = OrderStore::open(&database, options).await.unwrap();
     let router = internal_router(InternalState {
-        sessions: Sessions::new(ring(name), name.to_owned()),
+        sessions: Sessions::new(Keyring::of_a_test(name), name.to_owned()),
         inventory: inventory.clone(),
         orders: orders.clone(),
         queue: None,

@@ -1,7 +1,7 @@
 //! Shifts of shards between two real databases that replicate each other, with coordinators that die at each step.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use seckill_domain::{
     CenterId, CenterNumber, Epoch, Millis, OrderId, OrderRecord, OutboxId, Quantity, SaleId, Shard, Uid,
@@ -13,13 +13,12 @@ use tokio_util::task::TaskTracker;
 use super::super::{Refusal, ShiftError, ShiftOptions, ShiftRequest, Shifts};
 use super::{ShardParts, Way};
 use crate::orders::{OrderStore, ShardRow, StoreBatch, StoreOptions, follow_owners, spawn_keeper};
+use crate::patience::{PATIENCE, eventually};
 use crate::topology::{
     Authority, Center, Extra, FileStore, Instances, Limits, Shift, ShiftKind, ShiftMode, ShiftPhase,
     ShiftState, StepState, Topology, TopologyHandle, new_ledger_id,
 };
 
-/// Longer than anything takes here: a takeover waits three seconds.
-const PATIENCE: Duration = Duration::from_secs(60);
 const LEASE: Duration = Duration::from_secs(5);
 
 fn id(name: &str) -> CenterId {
@@ -28,17 +27,6 @@ fn id(name: &str) -> CenterId {
 
 fn shard(number: u8) -> Shard {
     Shard::new(number).unwrap()
-}
-
-async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 fn topology() -> Topology {

@@ -37,12 +37,7 @@ async fn the_ledger_of_yesterday_stops_sales_and_once_adopted_oversells_nothing(
     let sale = world.create_sale("s", 4).await;
     let kept = world.buy(&sale, "u1").await;
     let cancelled = world.buy(&sale, "u2").await;
-    world.server.kill();
-    let yesterday = tempfile::tempdir().unwrap();
-    world.copy_ledger(yesterday.path());
-    let first = world.service().topology.current().epoch;
-    world.server.restart().await;
-    world.granted_after(first).await;
+    let yesterday = world.back_up().await;
     let later = [world.buy(&sale, "u3").await, world.buy(&sale, "u4").await];
     world.pay(later[0]).await;
     world.service().orders.cancel(&Uid::new("u2").unwrap(), cancelled).await.unwrap();
@@ -99,12 +94,7 @@ async fn a_ledger_that_ends_before_what_is_stored_stops_sales() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_ledger_is_found_by_its_epoch_even_if_no_order_tells() {
     let mut world = World::selling().await;
-    world.server.kill();
-    let yesterday = tempfile::tempdir().unwrap();
-    world.copy_ledger(yesterday.path());
-    let first = world.service().topology.current().epoch;
-    world.server.restart().await;
-    world.granted_after(first).await;
+    let yesterday = world.back_up().await;
     world.stop().await;
     for file in ["orders.db", "orders.db-wal", "orders.db-shm"] {
         let _ = std::fs::remove_file(world.dir.path().join(file));

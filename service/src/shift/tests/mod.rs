@@ -24,11 +24,10 @@ mod two_centers;
 
 use super::*;
 use crate::orders::{OrderStore, Payment, PaymentId, StoreOptions, WorkerOptions, Workers};
+use crate::patience::{PATIENCE, eventually};
 use crate::topology::{
     Authority, Cause, Center, Extra, FileStore, Limits, NoAuthority, Topology, TopologyHandle, new_ledger_id,
 };
-
-const PATIENCE: Duration = Duration::from_secs(60);
 
 fn center() -> CenterId {
     CenterId::new("a").unwrap()
@@ -247,6 +246,17 @@ impl World {
         copy(&self.server.folder().join("appendonlydir"), to);
     }
 
+    /// Copies the ledger as it is now; its server goes on at a later epoch.
+    async fn back_up(&mut self) -> TempDir {
+        self.server.kill();
+        let copy = tempfile::tempdir().unwrap();
+        self.copy_ledger(copy.path());
+        let before = self.service().topology.current().epoch;
+        self.server.restart().await;
+        self.granted_after(before).await;
+        copy
+    }
+
     fn restore_ledger(&self, from: &Path) {
         let data = self.server.folder().join("appendonlydir");
         std::fs::remove_dir_all(&data).unwrap();
@@ -259,17 +269,6 @@ fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let entry = entry.unwrap();
         std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
-    }
-}
-
-async fn eventually<T>(what: &str, mut check: impl AsyncFnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + PATIENCE;
-    loop {
-        if let Some(found) = check().await {
-            return found;
-        }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
