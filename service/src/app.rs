@@ -254,7 +254,8 @@ async fn work(
     let sessions = Sessions::new(keys.clone(), instance_id);
     let (signs, caller) = (keys.own().is_some(), tls.caller);
     let cross = signs.then(|| CrossCenter::with_tls(caller, keys, topology.clone(), instances.clone()));
-    let shifts = shifts.with_shards(ShardParts::new(orders.clone(), cross.clone()));
+    let shards_decided_within = Duration::from_millis(config.orders.shard_shift_ms);
+    let shifts = shifts.with_shards(ShardParts::new(orders.clone(), cross.clone(), shards_decided_within));
     let relay = Relay::new(cross.clone());
     let parts = Parts {
         ledger: &config.ledger,

@@ -177,6 +177,10 @@ pub struct OrdersConfig {
     pub outbox_retention_s: u32,
     /// How often releases are delivered to the ledger. Default: 100.
     pub release_interval_ms: u64,
+    /// A shift of shards to this center is given up unless it is decided within this time. If its coordinator dies,
+    /// another service takes it over after one and a half times as long; payments of these shards wait until then.
+    /// Default: 20000.
+    pub shard_shift_ms: u64,
 }
 
 /// `[limits]`: what a new topology starts with (afterwards `PUT /admin/v1/limits` rules), and trusted proxies.
@@ -402,6 +406,7 @@ impl Default for OrdersConfig {
             expiry_grace_s: 120,
             outbox_retention_s: 3600,
             release_interval_ms: 100,
+            shard_shift_ms: 20_000,
         }
     }
 }

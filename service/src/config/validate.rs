@@ -131,6 +131,7 @@ impl Config {
         within("orders.expiry_grace_s", orders.expiry_grace_s, 0, 86_400)?;
         within("orders.outbox_retention_s", orders.outbox_retention_s, 0, 30 * 86_400)?;
         within("orders.release_interval_ms", orders.release_interval_ms, 10, 60_000)?;
+        within("orders.shard_shift_ms", orders.shard_shift_ms, 2_000, 120_000)?;
 
         self.kafka.validate(self.queue == QueueKind::Kafka, &self.center.id)?;
         for (key, ring) in self.rings() {

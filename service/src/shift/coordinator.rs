@@ -110,10 +110,6 @@ impl Coordinator {
         self.shared.show(&self.shift);
         tracing::warn!(id = self.shift.id, phase = ?self.shift.phase, "a shift whose coordinator died is taken over");
         fail_point("taken_over");
-        if self.shift.kind == ShiftKind::Shards {
-            let outcome = self.recover_shards().await;
-            return self.end(outcome).await;
-        }
         let recorded = self.shared.topology.current();
         let running = recorded.shift.as_ref().is_some_and(|shift| shift.id == self.shift.id);
         if self.shift.phase == ShiftPhase::Decided {
@@ -121,6 +117,10 @@ impl Coordinator {
             for step in self.shift.steps.iter_mut().filter(|step| step.state == StepState::Running) {
                 step.state = StepState::Done;
             }
+        }
+        if self.shift.kind == ShiftKind::Shards {
+            let outcome = self.recover_shards().await;
+            return self.end(outcome).await;
         }
         let outcome = match (running, self.shift.phase) {
             (false, _) => self.verify(None).await,

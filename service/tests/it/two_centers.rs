@@ -7,6 +7,7 @@ mod deaths;
 mod faults;
 mod load;
 mod lost;
+mod shard_deaths;
 mod shards;
 mod shift;
 mod shift_refused;

@@ -33,7 +33,7 @@ use tokio::sync::oneshot;
 
 use super::coordinator::{Coordinator, STORE_RETRY, Stop, passed};
 use super::operation::{Shared, ShiftError, ShiftRequest};
-use super::precheck::{Checks, verdict};
+use super::precheck::Checks;
 use super::record::Begun;
 use crate::cross_center::CrossCenter;
 use crate::cross_center::calls::{FenceCall, SHARDS, ShardsAnswer, ShardsCall, ShardsStanding};
@@ -43,25 +43,28 @@ use crate::topology::{CheckVerdict, ShiftMode, ShiftPhase, ShiftState, StepState
 pub use answer::answer_for_shards;
 pub(super) use record::abort;
 
-/// How long a shift may take until it is decided, by its coordinator's own clock: as long, payments of its shards wait.
-/// Below the deadline of the record, after which somebody else takes it over.
-const DECIDED_WITHIN: Duration = Duration::from_secs(20);
-/// How long it is waited for what was accepted before. What is not stored by then is read by the next owner.
+/// How long it is waited at most for what was accepted before. What is not stored by then is read by the next owner.
 const DRAINED_WITHIN: Duration = Duration::from_secs(5);
 /// Between two looks at how far the other center has stored.
 const DRAIN_POLL: Duration = Duration::from_millis(50);
-/// How long the other center may take for one call; letting go waits for the writers that are under way.
+/// How long the other center may take at most for one call; letting go waits for the writers that are under way.
 const CALL_WITHIN: Duration = Duration::from_secs(10);
-/// How long it is waited until the database of the center that gave says whose the shards are now.
+/// How long it is waited at most until the other center's database says whose the shards are now.
 const KNOWN_WITHIN: Duration = Duration::from_secs(5);
 /// Between two looks at it.
 const KNOWN_POLL: Duration = Duration::from_millis(100);
+/// The checks of `verify`: what the database of the center that takes says, and of the one that gave.
+const TARGET_OWNER: &str = "target_owner";
+const SOURCE_OWNER: &str = "source_owner";
 
 /// What a shift of shards works with.
 #[derive(Debug, Clone)]
 pub struct ShardParts {
     orders: OrderStore,
     way: Way,
+    /// How long a shift may take until it is decided, by its coordinator's own clock: as long, payments of its shards
+    /// wait.
+    decided_within: Duration,
 }
 
 /// The way to the center that gives.
@@ -75,9 +78,28 @@ enum Way {
 }
 
 impl ShardParts {
-    /// With this center's order database, and the way to the other centers.
-    pub fn new(orders: OrderStore, cross: Option<CrossCenter>) -> ShardParts {
-        ShardParts { orders, way: Way::Cross(cross) }
+    /// With this center's order database, the way to the other centers, and how long a shift may take until it is
+    /// decided (`orders.shard_shift_ms`).
+    pub fn new(orders: OrderStore, cross: Option<CrossCenter>, decided_within: Duration) -> ShardParts {
+        ShardParts { orders, way: Way::Cross(cross), decided_within }
+    }
+
+    /// How long a shift may stay in one phase before somebody else takes it over. Its own coordinator gives up before,
+    /// even if it has begun a call of [`ShardParts::call_within`] at the last moment.
+    fn freeze_ms(&self) -> u64 {
+        u64::try_from((self.decided_within * 3 / 2).as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn drained_within(&self) -> Duration {
+        DRAINED_WITHIN.min(self.decided_within / 4)
+    }
+
+    fn known_within(&self) -> Duration {
+        KNOWN_WITHIN.min(self.decided_within / 4)
+    }
+
+    fn call_within(&self) -> Duration {
+        CALL_WITHIN.min(self.decided_within / 2)
     }
 
     /// Asks another center, or has it let go of shards.
@@ -85,7 +107,8 @@ impl ShardParts {
         let call = ShardsCall { shards: shift.shards.to_vec(), to: shift.to.clone(), fence };
         match &self.way {
             Way::Cross(Some(cross)) => {
-                cross.call(shift.from, SHARDS, &call, CALL_WITHIN).await.map_err(|error| error.to_string())
+                let answer = cross.call(shift.from, SHARDS, &call, self.call_within()).await;
+                answer.map_err(|error| error.to_string())
             }
             Way::Cross(None) => Err("cross_center.keys has no key of this center to sign with".to_owned()),
             #[cfg(test)]
@@ -186,7 +209,7 @@ impl Coordinator {
 
     async fn planned_shards(&mut self) -> Result<(), Stop> {
         let parts = self.parts()?;
-        let deadline = self.phase_since + DECIDED_WITHIN;
+        let deadline = self.phase_since + parts.decided_within;
         self.block();
         self.passes("blocked")?;
         self.drain(&parts).await?;
@@ -211,7 +234,7 @@ impl Coordinator {
 
     async fn forced_shards(&mut self) -> Result<(), Stop> {
         let parts = self.parts()?;
-        let deadline = self.phase_since + DECIDED_WITHIN;
+        let deadline = self.phase_since + parts.decided_within;
         self.block();
         self.passes("blocked")?;
         let step = self.begin_step("apply");
@@ -250,7 +273,7 @@ impl Coordinator {
     /// the next owner reads on from where it was.
     async fn drain(&mut self, parts: &ShardParts) -> Result<(), Stop> {
         let step = self.begin_step("drain");
-        let until = Instant::now() + DRAINED_WITHIN;
+        let until = Instant::now() + parts.drained_within();
         let partition = self.shared.options.partition;
         let wanted = self.end_of_outbox().await;
         let mut found = OutboxId::ZERO;
@@ -359,14 +382,19 @@ impl Coordinator {
         let detail = format!("the topology gives them to center {who}, whose database {said}");
         self.end_step(step, detail);
         self.passes("handed_over")?;
-        let step = self.begin_step("unblock");
-        self.change(None, record::unblock).await?;
-        let blocked = self.since.elapsed().as_millis();
-        self.end_step(step, format!("orders of these shards stood still for {blocked} ms"));
+        // A coordinator before has done it if the record shows it.
+        if self.shift.steps.iter().all(|step| step.name != "unblock") {
+            let step = self.begin_step("unblock");
+            self.change(None, record::unblock).await?;
+            let blocked = self.since.elapsed().as_millis();
+            self.end_step(step, format!("orders of these shards stood still for {blocked} ms"));
+        }
         self.passes("unblocked")?;
         let step = self.begin_step("verify");
-        let checks = if here { self.compare_shards().await } else { Vec::new() };
+        let checks = self.compare_shards().await;
         let fits = passed(&checks);
+        let seen_there =
+            checks.iter().any(|check| check.name == TARGET_OWNER && check.verdict == CheckVerdict::Ok);
         self.finish_step(step, if fits { StepState::Done } else { StepState::Failed }, None, checks);
         let (count, to) = (self.shift.shards.len(), &self.shift.to);
         let lossy = self.shift.exposure.as_ref().filter(|exposure| !exposure.lossless);
@@ -379,13 +407,17 @@ impl Coordinator {
                  docs/two-centers.md, \"When the center comes back\"",
                 exposure.reason, self.shift.from
             ),
-            (true, None) => format!("center {to} has {count} shards"),
+            (true, None) if seen_there => format!("center {to} has {count} shards"),
+            (true, None) => format!(
+                "center {to} has {count} shards; its database takes them as soon as a service of center {to} runs"
+            ),
         });
         self.shift.state = if fits { ShiftState::Done } else { ShiftState::Failed };
         self.shift.ended_at = Some(super::record::now());
-        let concluded = self.change(None, record::conclude).await;
+        self.change(None, record::conclude).await?;
+        self.passes("concluded")?;
         self.shared.show(&self.shift);
-        concluded
+        Ok(())
     }
 
     /// This center's database takes them. Asked until it has.
@@ -404,34 +436,37 @@ impl Coordinator {
         }
     }
 
-    /// Both databases say whose they are.
+    /// Both databases say whose they are. Whoever took the shift over may be in the center that gave.
     async fn compare_shards(&mut self) -> Vec<crate::topology::Check> {
         let mut checks = Checks(Vec::new());
         let Ok(parts) = self.parts() else { return checks.0 };
-        let wanted = self.shift.to.to_string();
-        let count = |rows: &[crate::orders::ShardRow]| {
-            self.shift
-                .shards
-                .iter()
-                .filter(|shard| rows.iter().any(|row| row.shard == **shard && row.owner == wanted))
-                .count()
+        let crate::topology::Shift { from, to, shards, mode, .. } = &self.shift;
+        let own = &self.shared.options.center;
+        let ((own_name, other_name), other) = match own {
+            own if own == to => ((TARGET_OWNER, SOURCE_OWNER), from),
+            own if own == from => ((SOURCE_OWNER, TARGET_OWNER), to),
+            _ => return checks.0,
         };
-        let all = self.shift.shards.len();
-        match parts.orders.shard_rows().await {
-            Ok(rows) => {
-                let own = count(&rows);
-                checks.add("target_owner", format!("{own} of {all}"), format!("{all}"), verdict(own == all));
-            }
-            Err(error) => {
-                checks.add("target_owner", error.to_string(), format!("{all}"), CheckVerdict::Failed);
-            }
-        }
-        if self.shift.mode == ShiftMode::Forced {
+        let here = own == to;
+        let count = |rows: &[crate::orders::ShardRow]| {
+            let theirs = |shard| rows.iter().any(|row| row.shard == shard && row.owner == to.as_str());
+            shards.iter().filter(|shard| theirs(**shard)).count()
+        };
+        let all = shards.len();
+        // This center's database has taken them by now. One that did not yet hear who has them hurts nobody: it has let
+        // go of them, or takes them before anybody writes there.
+        let otherwise = if here { CheckVerdict::Failed } else { CheckVerdict::Warning };
+        let (value, fits) = match parts.orders.shard_rows().await {
+            Ok(rows) => (format!("{} of {all}", count(&rows)), count(&rows) == all),
+            Err(error) => (error.to_string(), false),
+        };
+        checks.add(own_name, value, format!("{all}"), if fits { CheckVerdict::Ok } else { otherwise });
+        if here && *mode == ShiftMode::Forced {
             return checks.0;
         }
-        let until = Instant::now() + KNOWN_WITHIN;
+        let until = Instant::now() + parts.known_within();
         let (value, known) = loop {
-            let (value, known) = match parts.standing(&self.asked()).await {
+            let (value, known) = match parts.standing(&Ask { from: other, to, shards }).await {
                 Ok(standing) => {
                     let known = count(&standing.rows);
                     (format!("{known} of {all}"), known == all)
@@ -443,9 +478,8 @@ impl Coordinator {
             }
             tokio::time::sleep(KNOWN_POLL).await;
         };
-        // It has let go of them; that it does not know yet who has them hurts nobody.
         let known = if known { CheckVerdict::Ok } else { CheckVerdict::Warning };
-        checks.add("source_owner", value, format!("{all}"), known);
+        checks.add(other_name, value, format!("{all}"), known);
         checks.0
     }
 }

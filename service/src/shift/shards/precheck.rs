@@ -9,7 +9,7 @@ use seckill_ledger::outbox;
 use super::super::operation::{Refusal, Shared, ShiftError, ShiftRequest};
 use super::super::precheck::{Checks, verdict};
 use super::super::record::{by_key, now};
-use super::record::{FREEZE_MS, ShardPlan, refuse_wrong_use};
+use super::record::{ShardPlan, refuse_wrong_use};
 use super::{Ask, ShardParts};
 use crate::cross_center::calls::ShardsStanding;
 use crate::orders::{ReplicaStatus, ServerStanding};
@@ -94,7 +94,7 @@ pub(super) async fn prepare(
         from: from.clone(),
         shards: shards.clone(),
         started_at: started_at.clone(),
-        freeze_ms: FREEZE_MS,
+        freeze_ms: parts.freeze_ms(),
         exposure,
         step: Step {
             name: "precheck".to_owned(),

@@ -6,10 +6,6 @@ use super::super::operation::{ShiftError, ShiftRequest};
 use super::super::record::{Aborted, Begun, Replaced, by_key, now, ours, over, refuse_any_shift};
 use crate::topology::{Check, Coordinator, Exposure, Extra, Shift, ShiftPhase, ShiftState, Step, Topology};
 
-/// How long a shift of shards may stay in one phase before somebody else takes it over. Its own coordinator gives up
-/// before.
-pub(super) const FREEZE_MS: u64 = if cfg!(test) { 3_000 } else { 30_000 };
-
 /// A shift of shards that is to be recorded.
 #[derive(Debug, Clone)]
 pub(super) struct ShardPlan {

@@ -185,7 +185,7 @@ impl Place {
 
 /// Waits until a center's service has died at a place. `None` if nobody came there and all is over; that is right for
 /// [`HELD_AGAIN`] alone.
-async fn until_dead(centers: &mut Centers, place: &str) -> Option<Which> {
+pub(super) async fn until_dead(centers: &mut Centers, place: &str) -> Option<Which> {
     let dead = eventually(&format!("somebody dies at {place}"), async || {
         for which in BOTH {
             if let Some(status) = centers.ended(which) {
@@ -217,7 +217,7 @@ async fn is_over(centers: &Centers) -> bool {
 }
 
 /// Waits until both centers serve, and both say that this one is the master.
-async fn until_all_agree(centers: &mut Centers, master: Which) {
+pub(super) async fn until_all_agree(centers: &mut Centers, master: Which) {
     for which in BOTH {
         centers.until_serving(which).await;
     }
