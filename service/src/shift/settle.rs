@@ -24,6 +24,7 @@ use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use seckill_domain::{CenterId, Clock, Epoch, KeyDigest, OrderId, OutboxId, SystemClock};
 use tokio::fs::{self, File};
 use tokio::io::AsyncWriteExt;
@@ -127,10 +128,22 @@ impl Settler {
 
     async fn run(&self, token: CancellationToken) {
         let mut open: BTreeMap<PathBuf, Open> = BTreeMap::new();
+        let mut blind = false;
         let mut changes = self.parts.topology.subscribe();
         let mut epoch = changes.borrow_and_update().epoch;
         loop {
-            self.look(&mut open, &token).await;
+            match unsettled(&self.parts.diverged_dir).await {
+                Ok(files) => {
+                    blind = false;
+                    self.look(files, &mut open, &token).await;
+                }
+                // Once: what lies there may be orders that somebody paid for.
+                Err(error) if !std::mem::replace(&mut blind, true) => tracing::error!(
+                    folder = %self.parts.diverged_dir.display(), %error,
+                    "saved tails cannot be seen; their orders are settled when they can"
+                ),
+                Err(_) => {}
+            }
             // Whatever changes the topology's epoch may have made a claim count, or lost it.
             let begins = changes.wait_for(|topology| topology.epoch != epoch);
             tokio::select! {
@@ -144,15 +157,8 @@ impl Settler {
         }
     }
 
-    /// Goes through every tail whose turn it is.
-    async fn look(&self, open: &mut BTreeMap<PathBuf, Open>, token: &CancellationToken) {
-        let files = match unsettled(&self.parts.diverged_dir).await {
-            Ok(files) => files,
-            Err(error) => {
-                tracing::debug!(folder = %self.parts.diverged_dir.display(), %error, "no saved tails can be seen");
-                return;
-            }
-        };
+    /// Goes through every one of these tails whose turn it is.
+    async fn look(&self, files: Vec<PathBuf>, open: &mut BTreeMap<PathBuf, Open>, token: &CancellationToken) {
         open.retain(|file, _| files.contains(file));
         for file in files {
             let topology = self.parts.topology.current();
@@ -204,8 +210,10 @@ impl Settler {
     async fn settle(&self, file: &Path, topology: &Topology, tail: &mut Open) -> Result<bool, Failure> {
         // Instances that share a folder must not contradict each other about an order.
         let lock = File::open(file).await.map_err(saved::Unreadable::File)?.into_std().await;
-        if flock(&lock, FlockOperation::NonBlockingLockExclusive).is_err() {
-            return Err(Failure::Busy);
+        match flock(&lock, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => {}
+            Err(Errno::WOULDBLOCK) => return Err(Failure::Busy),
+            Err(error) => return Err(saved::Unreadable::File(error.into()).into()),
         }
         let last = SavedLines::open(file).await?.last;
         let unseen = may_be_acknowledged(topology, &self.parts.center, last);
@@ -293,7 +301,8 @@ pub(super) async fn keys(folder: &Path) -> HashMap<OrderId, KeyDigest> {
 async fn unsettled(folder: &Path) -> io::Result<Vec<PathBuf>> {
     let (mut tails, marks) = tails(folder).await?;
     tails.retain(|file| !marks.contains(&beside(file, ".settled")));
-    tails.sort();
+    // EPOCH and TIME are numbers without leading zeros: what has fewer digits is smaller.
+    tails.sort_by_cached_key(|file| (file.as_os_str().len(), file.clone()));
     Ok(tails)
 }
 

@@ -126,3 +126,18 @@ async fn orders_that_nobody_was_told_of_are_not_put_back_and_a_claim_that_nobody
     assert_eq!(world.status(&late).await, open(OrderStatus::Cancelled));
     assert_eq!((world.status(&unseen).await, world.books().await.claimed), (None, 0));
 }
+
+#[tokio::test]
+async fn tails_are_gone_through_from_the_oldest_on_without_those_that_are_settled() {
+    let folder = tempfile::tempdir().unwrap();
+    let named = |name: &str| folder.path().join(name);
+    for name in ["9-1700000000000", "10-1700000000001", "10-1700000000000", "8-1699999999999"] {
+        std::fs::write(named(&format!("diverged-{name}.ndjson")), "").unwrap();
+    }
+    std::fs::write(named("diverged-8-1699999999999.ndjson.settled"), "").unwrap();
+    std::fs::write(named("diverged-11-1700000000002.ndjson.new"), "").unwrap();
+    let expected = ["9-1700000000000", "10-1700000000000", "10-1700000000001"];
+    let expected = expected.map(|name| named(&format!("diverged-{name}.ndjson")));
+    assert_eq!(unsettled(folder.path()).await.unwrap(), expected);
+    assert_eq!(unsettled(&named("nothing")).await.unwrap(), Vec::<PathBuf>::new());
+}
