@@ -28,8 +28,9 @@ use exit::{Exit, Failure};
 use output::Format;
 
 const EXIT_CODES: &str = "\
-Exit codes: 0 done, 1 error (wrong usage included), 2 refused and nothing changed, 3 aborted and rolled back,
-4 unknown (it may have happened), 5 done but verification failed. audit: 0 clean, 2 violation, 3 incomplete.
+Exit codes: 0 done, 1 error (wrong usage included), 2 refused and nothing changed, 3 aborted and \
+rolled back, 4 unknown (it may have happened), 5 done but verification failed. audit: 0 clean, \
+2 violation, 3 incomplete.
 
 Start here:
   seckill up                                     everything on this machine; wait for `ready`

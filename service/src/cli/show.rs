@@ -40,8 +40,9 @@ Examples:
   seckill master shift --to b --reason 'new racks'     shows the checks, then asks
   seckill master shift --to b --mode forced --yes      a is gone; no question asked
 
-Exit codes: 0 done, 1 error, 2 refused and nothing changed, 3 aborted and everything as before, 4 unknown or still
-running, 5 done but the verification failed. docs/operations.md says what to do on each.")]
+Exit codes: 0 done, 1 error, 2 refused and nothing changed, 3 aborted and everything as before, \
+4 unknown or still running, 5 done but the verification failed. docs/operations.md says what to do \
+on each.")]
     Shift(Box<MasterShiftArgs>),
 }
 
