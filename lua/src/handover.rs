@@ -117,8 +117,9 @@ pub async fn hold(
     }
 }
 
-/// Makes the server that [`fence_and_pause`] fenced on this connection, or [`hold`] held up, the replica of the new master, if the fence is
-/// still the same (S2), and lets its writes go on, which are refused there. Returns whether it happened.
+/// Makes the server that [`fence_and_pause`] fenced on this connection, or [`hold`] held up, the replica of the new
+/// master, if the fence is still the same (S2), and lets its writes go on, which are refused there. Returns whether it
+/// happened.
 pub async fn follow(
     conn: &mut impl ConnectionLike,
     host: &str,
