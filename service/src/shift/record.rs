@@ -2,7 +2,7 @@
 //! that was not answered can be asked again (H3). Whoever coordinates is named in the record with a term; a
 //! coordinator that was replaced finds another one there and stops.
 
-use seckill_domain::{CenterId, Clock, Epoch, OutboxId, SystemClock};
+use seckill_domain::{CenterId, Clock, Epoch, SystemClock};
 use seckill_ledger::Fence;
 use seckill_ledger::roles::Standing;
 use serde_json::Map;
@@ -10,9 +10,13 @@ use serde_json::Map;
 use super::operation::{Refusal, Shared, ShiftError, ShiftRequest};
 use super::precheck::Survey;
 use crate::topology::{
-    Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Settled, Shift, ShiftKind, ShiftMode,
-    ShiftPhase, ShiftState, Step, StepState, Tail, Topology, TopologyState,
+    Check, Coordinator, Durability, Exposure, Extra, InSync, LedgerRun, Shift, ShiftKind, ShiftMode,
+    ShiftPhase, ShiftState, Step, StepState, Topology, TopologyState,
 };
+
+mod tails;
+
+pub(super) use tails::{add_tail, left_behind, tell_tail};
 
 /// How long a planned shift may stay in one phase before somebody else takes it over. Its own coordinator gives up
 /// long before (see `coordinator.rs`), and purchases are held for longer.
@@ -440,45 +444,6 @@ pub(super) fn conclude(topology: &mut Topology, held: &Shift) -> Result<(), Repl
     let tails = std::mem::take(&mut shift.tails);
     *shift = Shift { tails, ..held.clone() };
     Ok(())
-}
-
-/// Names a saved tail in the forced shift that left it behind, if there was one.
-pub(super) fn add_tail(topology: &mut Topology, from: &CenterId, last: OutboxId, tail: &Tail) {
-    let lost = topology.history.iter_mut().find(|shift| left_behind(shift, from, last));
-    if let Some(shift) = lost
-        && shift.tails.iter().all(|known| known.file != tail.file)
-    {
-        shift.tails.push(tail.clone());
-    }
-}
-
-/// Whether a shift, the first of the history, left this center's ledger behind with a tail that ends here: it was forced
-/// away from there after the tail's last entry. A tail that is later than every such shift is what the master itself
-/// lost, and no shift promised anything of it.
-pub(super) fn left_behind(shift: &Shift, from: &CenterId, last: OutboxId) -> bool {
-    shift.kind == ShiftKind::Master
-        && shift.mode == ShiftMode::Forced
-        && shift.from == *from
-        && shift.state != ShiftState::Aborted
-        && shift.epoch.0 > last.epoch
-}
-
-/// Says how a saved tail stands: how many of its paid orders have no claim, and what became of all of them once that is
-/// final.
-pub(super) fn tell_tail(
-    topology: &mut Topology,
-    from: &CenterId,
-    file: &str,
-    paid_without_claim: u64,
-    settled: Option<&Settled>,
-) {
-    let shifts = topology.history.iter_mut().filter(|shift| shift.from == *from);
-    for tail in shifts.flat_map(|shift| &mut shift.tails).filter(|tail| tail.file == file) {
-        tail.paid_without_claim = paid_without_claim;
-        if tail.settled.is_none() {
-            tail.settled = settled.cloned();
-        }
-    }
 }
 
 /// Puts another coordinator in charge of a shift, unless it changed since it was seen. One that is verified is in the
