@@ -62,6 +62,30 @@ pub struct InternalState {
     pub metrics: Arc<Metrics>,
 }
 
+#[cfg(test)]
+impl InternalState {
+    /// Of center a or b, with an inventory and orders and nothing to relay to.
+    pub(crate) fn of_a_test(
+        center: &str,
+        inventory: Inventory,
+        orders: OrderStore,
+        topology: TopologyHandle,
+        tasks: TaskTracker,
+    ) -> InternalState {
+        InternalState {
+            sessions: Sessions::new(crate::cross_center::Keyring::of_a_test(center), center.to_owned()),
+            inventory,
+            orders,
+            queue: None,
+            topology,
+            public: Router::new(),
+            admin: Router::new(),
+            tasks,
+            metrics: Arc::new(Metrics::new()),
+        }
+    }
+}
+
 impl Measured for InternalState {
     fn metrics(&self) -> &Arc<Metrics> {
         &self.metrics

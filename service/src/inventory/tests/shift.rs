@@ -11,10 +11,8 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::cross_center::Keyring;
 use crate::cross_center::calls::{ReserveCall, ReserveLine, ReserveOutcome, WireKey};
-use crate::cross_center::session::Sessions;
 use crate::http::{InternalState, ServeOptions, internal_router, serve};
 use crate::orders::{OrderStore, StoreOptions};
-use crate::telemetry::Metrics;
 use crate::topology::{Instances, Shift, TopologyState};
 
 /// The longest that anything may take that has to happen.
@@ -111,17 +109,10 @@ impl Centers {
             };
             let inventory = Inventory::start(&parts, &tracker, &stop, &CancellationToken::new()).unwrap();
             let database = format!("sqlite:{}", dir.path().join(format!("{name}.db")).display());
-            let router = internal_router(InternalState {
-                sessions: Sessions::new(Keyring::of_a_test(name), name.to_owned()),
-                inventory: inventory.clone(),
-                orders: OrderStore::open(&database, StoreOptions::new(id(name))).await.unwrap(),
-                queue: None,
-                topology: topology.clone(),
-                public: axum::Router::new(),
-                admin: axum::Router::new(),
-                tasks: tracker.clone(),
-                metrics: Arc::new(Metrics::new()),
-            });
+            let orders = OrderStore::open(&database, StoreOptions::new(id(name))).await.unwrap();
+            let (of_inventory, tasks) = (inventory.clone(), tracker.clone());
+            let state = InternalState::of_a_test(name, of_inventory, orders, topology.clone(), tasks);
+            let router = internal_router(state);
             let options = ServeOptions { drain_deadline: Duration::ZERO, ..ServeOptions::default() };
             tracker.spawn(serve(listener, router, options, stop.clone()));
             sides.push(Side { redis, authority, topology, inventory });

@@ -18,13 +18,11 @@ use tokio::net::TcpListener;
 use super::*;
 use crate::config::{CenterSpec, ClusterConfig, InventoryConfig, LedgerConfig, SecretUrl};
 use crate::cross_center::Keyring;
-use crate::cross_center::session::Sessions;
 use crate::http::{InternalState, ServeOptions, internal_router, serve};
 use crate::inventory::Parts;
 use crate::orders::{OrderStore, Payment, PaymentId, StoreBatch, StoreOptions};
 use crate::patience::eventually;
 use crate::shift::tail::{self, Owner};
-use crate::telemetry::Metrics;
 use crate::topology::{
     Authority, Durability, Exposure, FileStore, Instances, Limits, Shift, ShiftMode, ShiftState, Tail,
     TopologyState,
@@ -335,17 +333,9 @@ async fn side(
     let shards = topology.current().shards_of(&id(name)).collect();
     let options = StoreOptions { shards, ..StoreOptions::new(id(name)) };
     let orders = OrderStore::open(&database, options).await.unwrap();
-    let router = internal_router(InternalState {
-        sessions: Sessions::new(Keyring::of_a_test(name), name.to_owned()),
-        inventory: inventory.clone(),
-        orders: orders.clone(),
-        queue: None,
-        topology: topology.clone(),
-        public: axum::Router::new(),
-        admin: axum::Router::new(),
-        tasks: tracker.clone(),
-        metrics: Arc::new(Metrics::new()),
-    });
+    let (of_inventory, of_orders) = (inventory.clone(), orders.clone());
+    let state = InternalState::of_a_test(name, of_inventory, of_orders, topology.clone(), tracker.clone());
+    let router = internal_router(state);
     let options = ServeOptions { drain_deadline: Duration::ZERO, ..ServeOptions::default() };
     tracker.spawn(serve(listener, router, options, stop.clone()));
     Side { redis, topology, authority, inventory, orders, cross }
