@@ -31,7 +31,7 @@ async fn over_tls_the_back_office_and_shoppers_of_both_centers_are_served() {
     let heard = Crowd::start(&centers, "phone", "u", 16, 150).finish().await;
     assert_eq!((heard.bought.len(), heard.sold_out), (100, 50));
     assert_eq!(compare_books(&centers, Which::A, "phone", &heard.bought).await, 100);
-    assert_audits_clean(&centers);
+    assert_audits_clean(&centers).await;
 }
 
 async fn load_on_both(centers: &Centers) {
@@ -123,7 +123,7 @@ async fn load_on_both(centers: &Centers) {
     }
 
     // Stock that changed and orders that were given back are in the books, too.
-    assert_audits_clean(centers);
+    assert_audits_clean(centers).await;
 
     // A limit set in b holds in both.
     let limits = b.admin(Method::GET, "/admin/v1/topology", &[], None).await.body["limits"].clone();

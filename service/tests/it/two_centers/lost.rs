@@ -71,7 +71,7 @@ async fn what_a_lost_master_sold_alone_is_claimed_again_or_cancelled_when_it_is_
             _ => assert_eq!(again.body["order_id"], orders[place], "{again:?}"),
         }
     }
-    assert_audits_clean(&centers);
+    assert_audits_clean(&centers).await;
     let (_, out, _) = centers.command(Which::A, &["audit", "-o", "json"]);
     let audit: Value = serde_json::from_str(&out).unwrap();
     let sale = &audit["sales"][0];

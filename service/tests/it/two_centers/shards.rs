@@ -163,7 +163,7 @@ pub(super) async fn compare(centers: &Centers, bought: &[Bought], paid: &[Bought
         })
         .await;
     }
-    assert_audits_clean(centers);
+    assert_audits_clean(centers).await;
     for which in BOTH {
         let client = centers.client(which);
         for bought in paid.iter().step_by(7) {
