@@ -11,7 +11,7 @@
 --       5… the uid of each order
 -- Reply {'OK', codes}; codes: a letter for each order
 --         C claimed again   H held already   K another order is held under the key
---         L above the limit   S not enough left   N no such sale
+--         L above the limit   S not enough left   N no such sale   A the sale is archived: its claims are gone
 --       {'NO_FENCE'} | {'FOREIGN', fence} | {'STALE_EPOCH', epoch} | {'FUTURE_EPOCH', epoch}
 --@include fence
 
@@ -67,7 +67,7 @@ for i = 1, entries do
     end
   end
   if missing then
-    code = 'N'
+    code = sale[1] and 'A' or 'N'
   elseif code then
     -- the ledger knows this order, or another one of this key
   elseif held + quantity > limit then

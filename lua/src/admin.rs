@@ -159,6 +159,8 @@ pub enum ReclaimOutcome {
     NotEnough,
     /// The ledger has no such sale.
     NoSale,
+    /// The sale is archived: its claims are gone.
+    Archived,
 }
 
 /// Claims units of stored orders again (at most [`MAX_BATCH`], all of one sale), under the orders' own ids. Where the
@@ -209,6 +211,7 @@ pub async fn reclaim(
             b'L' => Ok(ReclaimOutcome::Limit),
             b'S' => Ok(ReclaimOutcome::NotEnough),
             b'N' => Ok(ReclaimOutcome::NoSale),
+            b'A' => Ok(ReclaimOutcome::Archived),
             other => Err(Error::Malformed(format!("outcome {other:?} of a claim"))),
         })
         .collect()

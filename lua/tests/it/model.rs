@@ -194,7 +194,7 @@ impl Model {
                 let quantity = u64::from(entry.quantity.get());
                 let Some(sale) = self.sales.get_mut(sale_id) else { return ReclaimOutcome::NoSale };
                 if sale.state == LedgerState::Archived {
-                    return ReclaimOutcome::NoSale;
+                    return ReclaimOutcome::Archived;
                 }
                 if sale.find(&entry.uid, entry.order_id).is_some() {
                     return ReclaimOutcome::Held;

@@ -113,7 +113,8 @@ impl<C: ConnectionLike> Round<'_, C> {
         if book.archived() {
             if everybody && book.held_by_orders != row.claimed {
                 let detail = format!(
-                    "paid orders hold {} units, the archived sale {}",
+                    "paid orders hold {} units, the archived sale {}; where orders of a lost master could not be claimed \
+                     again before it was archived, seckill shift status names them",
                     book.held_by_orders, row.claimed
                 );
                 book.violation("claimed_sum", None, detail);

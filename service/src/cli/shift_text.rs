@@ -9,6 +9,7 @@ use seckill_domain::Shard;
 use super::output::{aligned, print};
 use crate::topology::{
     Check, CheckVerdict, Exposure, Shift, ShiftKind, ShiftMode, ShiftState, Step, StepState, Tail, Topology,
+    Unclaimed, UnclaimedCause,
 };
 
 /// The longest duration in milliseconds that is shown as such.
@@ -188,6 +189,9 @@ pub(super) fn whole(shift: &Shift) -> String {
     add("held", shift.held_ms.map(duration));
     for each in &shift.tails {
         add("saved tail", Some(tail(each)));
+        for order in &each.paid_orders {
+            add("paid order", Some(unclaimed(order)));
+        }
     }
     text.push_str(&indented(&aligned(&[], rows)));
     for each in &shift.steps {
@@ -202,7 +206,7 @@ pub(super) fn whole(shift: &Shift) -> String {
 
 /// What only the old master had, and what became of it.
 fn tail(tail: &Tail) -> String {
-    let Tail { file, entries, orders, paid_without_claim, settled } = tail;
+    let Tail { file, entries, orders, paid_without_claim, settled, .. } = tail;
     let mut text = format!("{file} ({entries} entries, {orders} orders)");
     match settled {
         None if *paid_without_claim == 0 => text.push_str(", not settled yet"),
@@ -217,6 +221,34 @@ fn tail(tail: &Tail) -> String {
         )),
     }
     text
+}
+
+/// Why a paid order holds no claim, and what is to be done.
+fn unclaimed(order: &Unclaimed) -> String {
+    let Unclaimed { order_id, sale_id, quantity, cause } = order;
+    let or = "or pay the money back and move the file away";
+    let why = match cause {
+        UnclaimedCause::NotEnough => format!(
+            "too little is left. `seckill sale stock {sale_id} +{quantity}`, and it is claimed within half a minute; {or}"
+        ),
+        UnclaimedCause::Limit => {
+            format!(
+                "its buyer holds the limit in other orders. It is claimed when one of them is given back; {or}"
+            )
+        }
+        UnclaimedCause::OtherOrder => format!(
+            "its buyer holds another order that was bought under the same key. It is claimed when that is given back; {or}"
+        ),
+        UnclaimedCause::NoSale => {
+            format!(
+                "the ledger has no such sale. Create it again, and it is claimed within half a minute; {or}"
+            )
+        }
+        UnclaimedCause::Archived => {
+            "the sale is archived. Deliver it, or pay the money back; nothing waits for it".to_owned()
+        }
+    };
+    format!("{order_id} of {sale_id} has no claim: {why}")
 }
 
 /// The same of all tails, in a word or two.
@@ -380,6 +412,8 @@ impl Progress {
 
 #[cfg(test)]
 mod tests {
+    use seckill_domain::{Quantity, SaleId};
+
     use super::*;
     use crate::topology::Settled;
 
@@ -414,6 +448,7 @@ mod tests {
             entries: 3,
             orders,
             paid_without_claim: 0,
+            paid_orders: Vec::new(),
             settled: None,
         };
         shift.tails = vec![saved("/d/diverged-4-1.ndjson", 40), saved("/d/diverged-4-2.ndjson", 2)];
@@ -430,6 +465,20 @@ mod tests {
         shift.tails[0].paid_without_claim = 3;
         let text = whole(&shift);
         assert!(text.contains("40 orders), not settled: 3 paid orders have no claim\n"), "{text}");
+        let order = |cause| Unclaimed {
+            order_id: "1007000030000000258".parse().unwrap(),
+            sale_id: SaleId::new("phone").unwrap(),
+            quantity: Quantity::ONE,
+            cause,
+        };
+        shift.tails[0].paid_orders = vec![order(UnclaimedCause::NotEnough), order(UnclaimedCause::Archived)];
+        let text = whole(&shift);
+        for line in [
+            "  paid order    1007000030000000258 of phone has no claim: too little is left. `seckill sale stock phone +1`, ",
+            "  paid order    1007000030000000258 of phone has no claim: the sale is archived. Deliver it, or pay the money back",
+        ] {
+            assert!(text.lines().any(|found| found.starts_with(line)), "{line}\n{text}");
+        }
         let other = Shift { id: "shift-1".to_owned(), tails: Vec::new(), ..shift.clone() };
         let list = table([&shift, &other].into_iter());
         let lines: Vec<&str> = list.lines().collect();

@@ -293,6 +293,8 @@ pub enum ReclaimOutcome {
     NotEnough,
     /// The ledger has no such sale.
     NoSale,
+    /// The sale is archived: its claims are gone.
+    Archived,
 }
 
 /// Up to where a center has stored each partition's outbox in its order database.

@@ -91,6 +91,7 @@ impl Inventory {
                 admin::ReclaimOutcome::Limit => ReclaimOutcome::Limit,
                 admin::ReclaimOutcome::NotEnough => ReclaimOutcome::NotEnough,
                 admin::ReclaimOutcome::NoSale => ReclaimOutcome::NoSale,
+                admin::ReclaimOutcome::Archived => ReclaimOutcome::Archived,
             })
             .collect();
         Ok(ReclaimAnswer { outcomes, kept_at: write.grant.degraded.then_some(write.grant.fence.epoch.0) })

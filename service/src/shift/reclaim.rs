@@ -60,7 +60,7 @@ pub struct PaidWithoutClaim {
     pub sale_id: SaleId,
     /// How many units.
     pub quantity: Quantity,
-    /// `limit`, `not_enough`, `no_sale`, or `other_order`: another order was bought under the same key.
+    /// `limit`, `not_enough`, `no_sale`, `archived`, or `other_order`: another order was bought under the same key.
     pub reason: &'static str,
 }
 
@@ -204,6 +204,7 @@ async fn settle(
             ReclaimOutcome::Limit => "limit",
             ReclaimOutcome::NotEnough => "not_enough",
             ReclaimOutcome::NoSale => "no_sale",
+            ReclaimOutcome::Archived => "archived",
         };
         lost.push((entry, reason));
     }

@@ -16,7 +16,7 @@ use crate::topology::{
 
 mod tails;
 
-pub(super) use tails::{add_tail, left_behind, tell_tail};
+pub(super) use tails::{add_tail, last_loss, left_behind, tell_tail};
 
 /// How long a planned shift may stay in one phase before somebody else takes it over. Its own coordinator gives up
 /// long before (see `coordinator.rs`), and purchases are held for longer.

@@ -5,7 +5,8 @@
 //! claimed again where stock and limit allow; else it is cancelled, or, if it is paid, told until there is room for it.
 //!
 //! A tail is settled when `FILE.settled` stands beside it. Until then it is gone through again and again: at once when
-//! an epoch begins, and every [`RETRY`].
+//! an epoch begins, and every [`RETRY`]. A later shift whose loss was accepted may have lost what was claimed again, and
+//! what that ledger's own tail says of it is only how many these were: so every tail that was settled before is open again.
 
 mod round;
 mod saved;
@@ -26,6 +27,7 @@ use prometheus_client::registry::Registry;
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use seckill_domain::{CenterId, Clock, Epoch, KeyDigest, OrderId, OutboxId, SystemClock};
+use serde::{Deserialize, Serialize};
 use tokio::fs::{self, File};
 use tokio::io::AsyncWriteExt;
 use tokio_util::sync::CancellationToken;
@@ -132,7 +134,8 @@ impl Settler {
         let mut changes = self.parts.topology.subscribe();
         let mut epoch = changes.borrow_and_update().epoch;
         loop {
-            match unsettled(&self.parts.diverged_dir).await {
+            let lost = record::last_loss(&self.parts.topology.current());
+            match unsettled(&self.parts.diverged_dir, lost).await {
                 Ok(files) => {
                     blind = false;
                     self.look(files, &mut open, &token).await;
@@ -215,6 +218,10 @@ impl Settler {
             Err(Errno::WOULDBLOCK) => return Err(Failure::Busy),
             Err(error) => return Err(saved::Unreadable::File(error.into()).into()),
         }
+        if is_settled(file, record::last_loss(topology)).await {
+            // By the one that had the lock before.
+            return Ok(true);
+        }
         let last = SavedLines::open(file).await?.last;
         let unseen = may_be_acknowledged(topology, &self.parts.center, last);
         self.round(file, unseen, &mut tail.progress).await?;
@@ -226,34 +233,48 @@ impl Settler {
             orders,
             claimed_again: of(Fate::Claimed),
             cancelled: of(Fate::Cancelled),
-            paid_without_claim: paid,
+            paid_without_claim: of(Fate::Archived),
             settled_at: SystemClock.now().to_string(),
         };
         // The history first: without its mark the tail is gone through again, and told again.
-        self.tell(file, paid, is_settled.then(|| settled.clone())).await?;
+        self.tell(file, paid, progress, is_settled.then(|| settled.clone())).await?;
         self.passes("settle_told")?;
         if is_settled {
-            mark(file, &settled).await.map_err(saved::Unreadable::File)?;
+            let Epoch(epoch) = topology.epoch;
+            mark(file, &Mark { settled: settled.clone(), epoch }).await.map_err(saved::Unreadable::File)?;
             self.metrics.settled.inc();
+            if settled.paid_without_claim > 0 {
+                tracing::error!(
+                    file = %file.display(), paid_without_claim = settled.paid_without_claim, orders = names(progress),
+                    "paid orders of a saved tail hold no claim, because their sale is archived: deliver them, or pay the \
+                     money back"
+                );
+            }
             tracing::warn!(
                 file = %file.display(), orders, claimed_again = settled.claimed_again,
                 cancelled = settled.cancelled, "the orders of a saved tail are settled"
             );
         } else if std::mem::replace(&mut tail.told, paid) != paid && paid > 0 {
             tracing::error!(
-                file = %file.display(), paid_without_claim = paid,
-                "paid orders of a saved tail have no claim, because stock or limit do not allow it; seckill audit names \
-                 them. Add stock, and they are claimed; or pay the money back and move the file away"
+                file = %file.display(), paid_without_claim = paid, orders = names(progress),
+                "paid orders of a saved tail have no claim; seckill shift status says why, and what is to be done"
             );
         }
         Ok(is_settled)
     }
 
     /// Writes into the history of shifts how a tail stands, if a shift there names it.
-    async fn tell(&self, file: &Path, paid: u64, settled: Option<Settled>) -> Result<(), Failure> {
+    async fn tell(
+        &self,
+        file: &Path,
+        paid: u64,
+        progress: &Progress,
+        settled: Option<Settled>,
+    ) -> Result<(), Failure> {
         let (center, name) = (self.parts.center.clone(), file.display().to_string());
+        let unclaimed = progress.unclaimed.clone();
         let told = self.parts.topology.update(move |topology| {
-            record::tell_tail(topology, &center, &name, paid, settled.as_ref());
+            record::tell_tail(topology, &center, &name, (paid, &unclaimed), settled.as_ref());
             Ok::<_, Infallible>(())
         });
         told.await.map_err(|error| match error {
@@ -297,13 +318,31 @@ pub(super) async fn keys(folder: &Path) -> HashMap<OrderId, KeyDigest> {
     saved::keys(folder).await
 }
 
-/// The saved tails in a folder that are not settled, the oldest first.
-async fn unsettled(folder: &Path) -> io::Result<Vec<PathBuf>> {
+/// The saved tails in a folder that are not settled, or were before the last loss; the oldest first.
+async fn unsettled(folder: &Path, lost: Option<Epoch>) -> io::Result<Vec<PathBuf>> {
     let (mut tails, marks) = tails(folder).await?;
-    tails.retain(|file| !marks.contains(&beside(file, ".settled")));
     // EPOCH and TIME are numbers without leading zeros: what has fewer digits is smaller.
     tails.sort_by_cached_key(|file| (file.as_os_str().len(), file.clone()));
-    Ok(tails)
+    let mut open = Vec::with_capacity(tails.len());
+    for file in tails {
+        if !marks.contains(&beside(&file, ".settled")) || !is_settled(&file, lost).await {
+            open.push(file);
+        }
+    }
+    Ok(open)
+}
+
+/// Whether a tail was settled, and nothing was lost since. A mark that cannot be read does not say when that was.
+async fn is_settled(file: &Path, lost: Option<Epoch>) -> bool {
+    let Ok(text) = fs::read_to_string(beside(file, ".settled")).await else { return false };
+    let Some(Epoch(lost)) = lost else { return true };
+    serde_json::from_str::<Mark>(&text).is_ok_and(|mark| mark.epoch >= lost)
+}
+
+/// The paid orders without a claim, as a log names them.
+fn names(progress: &Progress) -> String {
+    let names: Vec<String> = progress.unclaimed.iter().map(|order| order.order_id.to_string()).collect();
+    names.join(" ")
 }
 
 /// The saved tails in a folder, and the marks of those that are settled.
@@ -334,11 +373,20 @@ fn beside(file: &Path, end: &str) -> PathBuf {
     PathBuf::from(format!("{}{end}", file.display()))
 }
 
+/// What `FILE.settled` says.
+#[derive(Debug, Serialize, Deserialize)]
+struct Mark {
+    #[serde(flatten)]
+    settled: Settled,
+    /// The epoch in which that was so.
+    epoch: u64,
+}
+
 /// Puts `FILE.settled` beside a tail. When this returns it is on the disk.
-async fn mark(file: &Path, settled: &Settled) -> io::Result<()> {
+async fn mark(file: &Path, mark: &Mark) -> io::Result<()> {
     let (unfinished, finished) = (beside(file, ".settled.new"), beside(file, ".settled"));
     let mut out = File::create(&unfinished).await?;
-    let text = serde_json::to_string(settled).map_err(io::Error::other)?;
+    let text = serde_json::to_string(mark).map_err(io::Error::other)?;
     out.write_all(format!("{text}\n").as_bytes()).await?;
     out.sync_all().await?;
     fs::rename(&unfinished, &finished).await?;

@@ -47,6 +47,7 @@ impl From<&SavedTail> for Tail {
             entries: saved.entries,
             orders: saved.orders,
             paid_without_claim: 0,
+            paid_orders: Vec::new(),
             settled: None,
         }
     }

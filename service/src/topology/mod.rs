@@ -36,6 +36,6 @@ pub use handle::{TopologyHandle, UpdateError};
 pub use instances::{Instance, InstanceId, InstanceStore, Instances};
 pub use shift::{
     Check, CheckVerdict, Coordinator, Exposure, HISTORY, Settled, Shift, ShiftKind, ShiftMode, ShiftPhase,
-    ShiftState, Step, StepState, Tail,
+    ShiftState, Step, StepState, Tail, Unclaimed, UnclaimedCause,
 };
 pub use store::{Changes, Revision, StoreError, TopologyStore, Versioned};

@@ -1,7 +1,7 @@
 //! The record of a shift. While one runs it stands in the topology, so that any service can finish or abort it when
 //! its coordinator dies (H4); when it is over it moves to the history.
 
-use seckill_domain::{CenterId, Epoch, Shard};
+use seckill_domain::{CenterId, Epoch, OrderId, Quantity, SaleId, Shard};
 use serde::{Deserialize, Serialize};
 
 use super::document::{Extra, Topology};
@@ -153,6 +153,9 @@ pub struct Tail {
     /// How many of them are paid and have no room for their claim: until there is, the tail is not settled.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub paid_without_claim: u64,
+    /// The first of the paid orders without a claim, and why they have none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub paid_orders: Vec<Unclaimed>,
     /// What became of them (H6), once that is final.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub settled: Option<Settled>,
@@ -172,10 +175,39 @@ pub struct Settled {
     pub claimed_again: u64,
     /// Unpaid ones without room for their claim: cancelled.
     pub cancelled: u64,
-    /// Paid ones without room for their claim: they stay paid.
+    /// Paid ones of sales that are archived: they stay paid, and nothing is left to claim.
     pub paid_without_claim: u64,
     /// RFC 3339.
     pub settled_at: String,
+}
+
+/// A paid order of a saved tail that holds no claim.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unclaimed {
+    /// The order.
+    pub order_id: OrderId,
+    /// Of which sale.
+    pub sale_id: SaleId,
+    /// How many units.
+    pub quantity: Quantity,
+    /// What is in its way.
+    pub cause: UnclaimedCause,
+}
+
+/// Why an order of a saved tail cannot be claimed again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum UnclaimedCause {
+    /// Not enough is left.
+    NotEnough,
+    /// Its buyer holds other orders up to the limit.
+    Limit,
+    /// Its buyer holds another order that was bought under the same key.
+    OtherOrder,
+    /// The ledger has no such sale.
+    NoSale,
+    /// The sale is archived, and its claims are gone: that does not change any more.
+    Archived,
 }
 
 /// What a forced shift may lose.

@@ -21,12 +21,16 @@ use crate::cross_center::calls::{
 use crate::cross_center::{CallError, CrossCenter};
 use crate::inventory::Unavailable;
 use crate::orders::{AuditOrder, MAX_PUT_BACK, PutBack, Untold};
-use crate::topology::StoreError;
+use crate::topology::{StoreError, Unclaimed, UnclaimedCause};
 
 /// Orders looked up, claimed and written down at once.
 const PAGE: usize = MAX_PUT_BACK;
 /// How long the master center may take for one call.
 const MASTER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Paid orders without a claim that are named one by one, in the topology and so in every service; the others are
+/// counted, and the audit names them.
+const NAMED_MAX: usize = 10;
 
 /// Why a round ended early.
 #[derive(Debug, thiserror::Error)]
@@ -67,6 +71,8 @@ pub(super) enum Fate {
     Unseen,
     /// It is paid, and there is no room for its claim.
     Paid,
+    /// It is paid, and its sale is archived: there never will be.
+    Archived,
 }
 
 impl Fate {
@@ -74,7 +80,7 @@ impl Fate {
     pub(super) fn is_final(self) -> bool {
         match self {
             Fate::Open | Fate::Kept | Fate::Paid => false,
-            Fate::Claimed | Fate::Cancelled | Fate::Closed | Fate::Unseen => true,
+            Fate::Claimed | Fate::Cancelled | Fate::Closed | Fate::Unseen | Fate::Archived => true,
         }
     }
 }
@@ -84,6 +90,8 @@ impl Fate {
 pub(super) struct Progress {
     /// By place in the file.
     pub(super) fates: Vec<Fate>,
+    /// The first [`NAMED_MAX`] of those that are paid and hold no claim.
+    pub(super) unclaimed: Vec<Unclaimed>,
     /// What the lost master had given back is queued again.
     released: bool,
 }
@@ -107,7 +115,7 @@ struct Work {
     call: PutBack,
     /// Those that are claimed, and at which fate; those without room.
     held: Vec<(usize, Fate)>,
-    lost: Vec<(usize, OrderId)>,
+    lost: Vec<(usize, Unclaimed)>,
 }
 
 impl Settler {
@@ -123,6 +131,7 @@ impl Settler {
         for fate in progress.fates.iter_mut().filter(|fate| **fate == Fate::Paid) {
             *fate = Fate::Open;
         }
+        progress.unclaimed.retain(|order| order.cause == UnclaimedCause::Archived);
         for pass in [Pass::Paid, Pass::Unpaid, Pass::Rest] {
             let mut saved = SavedLines::open(file).await?;
             let (mut place, mut page) = (0, Vec::new());
@@ -137,11 +146,11 @@ impl Settler {
                     }
                     place += 1;
                     if page.len() == PAGE {
-                        self.page(pass, unseen, std::mem::take(&mut page), &mut progress.fates).await?;
+                        self.page(pass, unseen, std::mem::take(&mut page), progress).await?;
                     }
                 }
             }
-            self.page(pass, unseen, page, &mut progress.fates).await?;
+            self.page(pass, unseen, page, progress).await?;
         }
         if !progress.released {
             self.release_again(file).await?;
@@ -155,7 +164,7 @@ impl Settler {
         pass: Pass,
         unseen: bool,
         page: Vec<Placed>,
-        fates: &mut [Fate],
+        progress: &mut Progress,
     ) -> Result<(), Failure> {
         let homes = self.parts.centers.homes();
         let mut by_home: BTreeMap<usize, Vec<Placed>> = BTreeMap::new();
@@ -168,31 +177,39 @@ impl Settler {
             let answer = self.parts.centers.orders(home.as_ref(), &ids).await?;
             self.passes("settle_looked")?;
             let stored = answer.orders.into_iter().map(|order| (order.order_id, order)).collect();
-            let work = sort(pass, unseen, orders, &stored, fates);
-            self.work(home.as_ref(), work, fates).await?;
+            let work = sort(pass, unseen, orders, &stored, &mut progress.fates);
+            self.work(home.as_ref(), work, progress).await?;
         }
         Ok(())
     }
 
-    async fn work(&self, home: Option<&CenterId>, mut work: Work, fates: &mut [Fate]) -> Result<(), Failure> {
+    async fn work(
+        &self,
+        home: Option<&CenterId>,
+        mut work: Work,
+        progress: &mut Progress,
+    ) -> Result<(), Failure> {
+        let Progress { fates, unclaimed, .. } = progress;
         for (sale, orders) in std::mem::take(&mut work.claim) {
             let answer = self.claim(&sale, &orders).await?;
             let fate = if answer.kept_at.is_some() { Fate::Kept } else { Fate::Claimed };
             for ((place, order), outcome) in orders.into_iter().zip(answer.outcomes) {
                 let order_id = order.record.order_id;
-                match outcome {
+                let cause = match outcome {
                     ReclaimOutcome::Claimed | ReclaimOutcome::Held => {
                         work.call.held.push(order_id);
                         work.held.push((place, fate));
+                        continue;
                     }
-                    ReclaimOutcome::OtherOrder
-                    | ReclaimOutcome::Limit
-                    | ReclaimOutcome::NotEnough
-                    | ReclaimOutcome::NoSale => {
-                        work.call.lost.push(order_id);
-                        work.lost.push((place, order_id));
-                    }
-                }
+                    ReclaimOutcome::OtherOrder => UnclaimedCause::OtherOrder,
+                    ReclaimOutcome::Limit => UnclaimedCause::Limit,
+                    ReclaimOutcome::NotEnough => UnclaimedCause::NotEnough,
+                    ReclaimOutcome::NoSale => UnclaimedCause::NoSale,
+                    ReclaimOutcome::Archived => UnclaimedCause::Archived,
+                };
+                work.call.lost.push(order_id);
+                let (sale_id, quantity) = (sale.clone(), order.record.quantity);
+                work.lost.push((place, Unclaimed { order_id, sale_id, quantity, cause }));
             }
         }
         self.passes("settle_claimed")?;
@@ -202,9 +219,15 @@ impl Settler {
             for (place, fate) in work.held {
                 fates[place] = fate;
             }
-            for (place, order_id) in work.lost {
-                let paid = done.paid_without_claim.contains(&order_id);
-                fates[place] = if paid { Fate::Paid } else { Fate::Cancelled };
+            for (place, order) in work.lost {
+                fates[place] = match (done.paid_without_claim.contains(&order.order_id), order.cause) {
+                    (false, _) => Fate::Cancelled,
+                    (true, UnclaimedCause::Archived) => Fate::Archived,
+                    (true, _) => Fate::Paid,
+                };
+                if fates[place] != Fate::Cancelled && unclaimed.len() < NAMED_MAX {
+                    unclaimed.push(order);
+                }
             }
         }
         // A claim that was made while its order was being closed, by a round that died, is nobody's.

@@ -10,7 +10,10 @@ use seckill_domain::{
 use seckill_ledger::admin::{FenceChange, FenceOutcome, ReclaimEntry, set_fence};
 use seckill_ledger::read::{Claim, Sale, scan_claims};
 use seckill_ledger::testkit::RedisServer;
-use seckill_ledger::{CreateOutcome, Fence, ReserveOutcome, add_stock, create_sale, outbox, read, roles};
+use seckill_ledger::{
+    ArchiveOutcome, CreateOutcome, Fence, ReserveOutcome, StateChange, add_stock, archive, create_sale,
+    outbox, read, roles, set_state,
+};
 use serde_json::json;
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -25,7 +28,7 @@ use crate::patience::eventually;
 use crate::shift::tail::{self, Owner};
 use crate::topology::{
     Authority, Durability, Exposure, FileStore, Instances, Limits, Shift, ShiftMode, ShiftState, Tail,
-    TopologyState,
+    TopologyState, Unclaimed, UnclaimedCause,
 };
 
 mod outcomes;
@@ -134,6 +137,49 @@ impl World {
 
     /// Another epoch begins in which what b's own disk has counts.
     async fn settle_epoch(&mut self) {
+        self.begin_epoch(|_| ()).await;
+    }
+
+    /// What b's Redis holds now, as its replica has it.
+    async fn copy(&self) -> Vec<(Vec<u8>, Vec<u8>)> {
+        let mut conn = self.b.redis.connect().await;
+        let keys: Vec<Vec<u8>> = redis::cmd("KEYS").arg("*").query_async(&mut conn).await.unwrap();
+        let mut copy = Vec::new();
+        for key in keys {
+            let value: Vec<u8> = redis::cmd("DUMP").arg(&key).query_async(&mut conn).await.unwrap();
+            copy.push((key, value));
+        }
+        copy
+    }
+
+    /// The master is lost, too: whoever goes on has only this copy of its Redis.
+    async fn go_back(&self, copy: &[(Vec<u8>, Vec<u8>)]) {
+        let mut restored = redis::pipe();
+        restored.atomic().cmd("FLUSHALL");
+        for (key, value) in copy {
+            restored.cmd("RESTORE").arg(key).arg(0).arg(value);
+        }
+        restored.exec_async(&mut self.b.redis.connect().await).await.unwrap();
+    }
+
+    /// The shift to whoever goes on is over, and its loss was accepted.
+    async fn lose_again(&mut self) {
+        self.begin_epoch(|topology| {
+            let exposure = Exposure { lossless: false, reason: String::new(), entries: None, since: None };
+            topology.remember_shift(Shift {
+                id: "shift-lost-again".to_owned(),
+                mode: ShiftMode::Forced,
+                state: ShiftState::Done,
+                from: id("b"),
+                epoch: topology.epoch,
+                exposure: Some(exposure),
+                ..Shift::of_a_test()
+            });
+        })
+        .await;
+    }
+
+    async fn begin_epoch(&mut self, change: impl Fn(&mut Topology) + Send + Sync + 'static) {
         let fence = self.fence.at(self.fence.epoch.next());
         let lift = FenceChange::Lift { from: self.fence.clone() };
         assert_eq!(
@@ -145,6 +191,7 @@ impl World {
         let begin = move |topology: &mut Topology| {
             (topology.epoch, topology.durability) = (epoch, Durability::Local);
             topology.state = TopologyState::Steady;
+            change(topology);
             Ok::<_, Infallible>(())
         };
         self.b.topology.update(begin).await.unwrap();
@@ -258,9 +305,18 @@ impl World {
         settled
     }
 
+    /// The sale is over, and its claims go.
+    async fn archive(&self) {
+        let mut conn = self.b.redis.connect().await;
+        set_state(&mut conn, &self.fence, &self.sale, StateChange::End).await.unwrap();
+        let touched = self.books().await.touched;
+        let archived = archive(&mut conn, &self.fence, &self.sale, 0, touched).await.unwrap();
+        assert!(matches!(archived, ArchiveOutcome::Archived { .. }), "{archived:?}");
+    }
+
     fn told(&self) -> Tail {
         let found = FileStore::new(self.dir.path().join("topology.json")).load().unwrap();
-        found.topology.history.last().unwrap().tails[0].clone()
+        found.topology.history.iter().find_map(|shift| shift.tails.first()).unwrap().clone()
     }
 
     async fn status(&self, record: &OrderRecord) -> Option<(OrderStatus, Option<String>)> {

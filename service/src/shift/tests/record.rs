@@ -80,6 +80,7 @@ fn a_tail_belongs_to_the_first_forced_shift_after_its_last_entry_or_to_none() {
         entries: 1,
         orders: 1,
         paid_without_claim: 0,
+        paid_orders: Vec::new(),
         settled: None,
     };
     let a = CenterId::new("a").unwrap();

@@ -127,6 +127,72 @@ async fn orders_that_nobody_was_told_of_are_not_put_back_and_a_claim_that_nobody
     assert_eq!((world.status(&unseen).await, world.books().await.claimed), (None, 0));
 }
 
+// H6: what was claimed again is in nobody's tail.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_claimed_again_and_lost_with_the_next_master_is_claimed_once_more() {
+    let mut world = World::parted(4, &[]).await;
+    world.settle_epoch().await;
+    let paid = world.lose_paid(&world.user("paid", "a")).await;
+    let open_b = world.lose_stored(&world.user("open", "b")).await;
+    let queued = world.lose(&world.user("queued", "a")).await;
+    let copy = world.copy().await;
+    let file = world.save_tail(false).await;
+    let metrics = world.settle();
+    let first = world.until_settled(&file).await;
+    assert_eq!((first.orders, first.claimed_again, first.cancelled), (3, 3, 0));
+    // Two of the units are sold once more.
+    world.go_back(&copy).await;
+    assert_eq!(world.held().await.len(), 0);
+    for uid in ["x1", "x2"] {
+        bought(world.b.redis.buy(&world.fence, &world.sale, uid, key("k")).await);
+    }
+    world.lose_again().await;
+    eventually("it is settled once more", async || (metrics.settled.get() == 2).then_some(())).await;
+    let again = world.until_settled(&file).await;
+    assert!(again.settled_at >= first.settled_at);
+    assert_eq!((again.orders, again.claimed_again, again.cancelled), (3, 2, 1));
+    assert_eq!(world.books().await.remaining, 0);
+    assert_eq!(world.held().await[paid.uid.as_str()], [paid.order_id]);
+    assert_eq!(world.status(&paid).await, open(OrderStatus::Paid));
+    let statuses = [world.status(&open_b).await, world.status(&queued).await];
+    assert_eq!(statuses.iter().filter(|status| **status == cancelled()).count(), 1, "{statuses:?}");
+    eventually("nothing is left", async || (metrics.open.get() == 0).then_some(())).await;
+}
+
+// M1: the claims of an archived sale are gone, and so is what would be claimed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_paid_order_of_an_archived_sale_is_told_and_keeps_no_tail_open() {
+    let mut world = World::parted(2, &[]).await;
+    world.settle_epoch().await;
+    let paid = world.lose_paid(&world.user("paid", "a")).await;
+    for uid in ["x1", "x2"] {
+        bought(world.b.redis.buy(&world.fence, &world.sale, uid, key("k")).await);
+    }
+    let file = world.save_tail(false).await;
+    let metrics = world.settle();
+    let told = eventually("it is told", async || {
+        let told = world.told();
+        (told.paid_without_claim == 1).then_some(told)
+    })
+    .await;
+    let named = |cause| {
+        let OrderRecord { order_id, sale_id, quantity, .. } = paid.clone();
+        vec![Unclaimed { order_id, sale_id, quantity, cause }]
+    };
+    assert_eq!((told.paid_orders, told.settled), (named(UnclaimedCause::NotEnough), None));
+    world.archive().await;
+    let settled = world.until_settled(&file).await;
+    assert_eq!((settled.orders, settled.claimed_again, settled.cancelled), (1, 0, 0));
+    assert_eq!(settled.paid_without_claim, 1);
+    let told = world.told();
+    assert_eq!((told.paid_without_claim, told.paid_orders), (0, named(UnclaimedCause::Archived)));
+    assert_eq!(world.status(&paid).await, open(OrderStatus::Paid));
+    eventually("nothing is left", async || {
+        ((metrics.open.get(), metrics.paid_without_claim.get()) == (0, 0)).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn tails_are_gone_through_from_the_oldest_on_without_those_that_are_settled() {
     let folder = tempfile::tempdir().unwrap();
@@ -138,6 +204,6 @@ async fn tails_are_gone_through_from_the_oldest_on_without_those_that_are_settle
     std::fs::write(named("diverged-11-1700000000002.ndjson.new"), "").unwrap();
     let expected = ["9-1700000000000", "10-1700000000000", "10-1700000000001"];
     let expected = expected.map(|name| named(&format!("diverged-{name}.ndjson")));
-    assert_eq!(unsettled(folder.path()).await.unwrap(), expected);
-    assert_eq!(unsettled(&named("nothing")).await.unwrap(), Vec::<PathBuf>::new());
+    assert_eq!(unsettled(folder.path(), None).await.unwrap(), expected);
+    assert_eq!(unsettled(&named("nothing"), None).await.unwrap(), Vec::<PathBuf>::new());
 }
