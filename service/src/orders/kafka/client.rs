@@ -11,7 +11,7 @@ use rdkafka::{ClientContext, TopicPartitionList};
 use rdkafka::config::{ClientConfig, FromClientConfigAndContext, RDKafkaLogLevel};
 use rdkafka::consumer::{BaseConsumer, Consumer as _, ConsumerContext};
 use rdkafka::error::{KafkaError, KafkaResult};
-use rdkafka::message::DeliveryResult;
+use rdkafka::message::{DeliveryResult, Message as _};
 use rdkafka::producer::{BaseRecord, ProducerContext, ThreadedProducer};
 use seckill_domain::Shard;
 use tokio_util::task::TaskTracker;
@@ -194,7 +194,12 @@ impl ProducerContext for Acknowledgements {
 
     fn delivery(&self, result: &DeliveryResult<'_>, number: usize) {
         match result {
-            Ok(_) => self.0.acknowledged(number),
+            Ok(record) if record.offset() >= 0 => self.0.acknowledged(number),
+            // The library takes a batch that was refused for written when the next one is: a broker that knows the
+            // producer would refuse that one, too. But one that has not heard of it yet takes any record for its
+            // first, as when a partition has just been given a leader, and the batch before is nowhere. Such a record
+            // has no offset; it may be there or not.
+            Ok(_) => self.0.fail("a record was passed over by the next one".to_owned()),
             Err((error, _)) => self.0.fail(error.to_string()),
         }
     }
@@ -245,3 +250,6 @@ impl Drop for Sender {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

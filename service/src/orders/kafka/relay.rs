@@ -44,6 +44,8 @@ const MAX_ENTRIES: usize = 1024;
 const PAGE_ORDERS: usize = 4096;
 /// A destination that acknowledges nothing for this long is said to be down.
 const SILENCE: Duration = Duration::from_secs(5);
+/// What the first records of all partitions are waited for: one that has no leader must not hold back the others.
+const OPENING: Duration = Duration::from_secs(5);
 /// What a stop waits for acknowledgements.
 const LAST_WAIT: Duration = Duration::from_secs(2);
 
@@ -151,6 +153,9 @@ impl Relay {
         let shards = self.shards();
         let noted = cursor(&mut source.conn, &self.destination).await?;
         let mut run = Run::new(self, shards, noted)?;
+        if !run.open(&mut source, token).await? {
+            return Ok(());
+        }
         let mut entries = MIN_ENTRIES;
         loop {
             let page = source.read_master(&self.link, run.read_up_to, entries).await?;
@@ -161,6 +166,7 @@ impl Relay {
             if self.shards() != shards {
                 return Ok(());
             }
+            run.last_seq = page.last_seq;
             let orders: usize = page.entries.iter().map(order_count).sum();
             for entry in page.entries.iter() {
                 if !run.room(&mut source, token).await? {
@@ -168,7 +174,6 @@ impl Relay {
                 }
                 run.publish(entry).await?;
             }
-            let last_seq = page.last_seq;
             if page.entries.is_empty() {
                 run.mark().await?;
                 let block = if run.is_busy() { BUSY_BLOCK_MS } else { IDLE_BLOCK_MS };
@@ -177,7 +182,7 @@ impl Relay {
                 entries = (PAGE_ORDERS * page.entries.len() / orders.max(1)).clamp(MIN_ENTRIES, MAX_ENTRIES);
                 run.mark().await?;
             }
-            run.check(&mut source, last_seq).await?;
+            run.check(&mut source).await?;
         }
     }
 }
@@ -198,6 +203,8 @@ struct Run<'a> {
     /// The shards that were not: theirs are published from the beginning.
     moved_in: ShardSet,
     read_up_to: OutboxId,
+    /// The end of the outbox, as of the last page.
+    last_seq: u64,
     noted: Option<Cursor>,
     noted_at: Instant,
     progress: Arc<Progress>,
@@ -227,6 +234,7 @@ impl<'a> Run<'a> {
             resume,
             moved_in,
             read_up_to,
+            last_seq: resume.seq,
             noted,
             noted_at: now,
             progress,
@@ -242,15 +250,42 @@ impl<'a> Run<'a> {
         self.progress.in_flight() > 0 || self.progress.reached().is_some_and(|reached| self.is_news(reached))
     }
 
+    /// Sends each partition a first record and waits until it is acknowledged; `false` if it was told to stop. Brokers
+    /// take any record of a producer that they have not heard of for its first. Were the first one refused while its
+    /// partition has no leader yet, and the second taken, what the second says of everything before it would be wrong.
+    async fn open(&mut self, source: &mut Source, token: &CancellationToken) -> Result<bool, Halt> {
+        let shards: Vec<Shard> = self.shards.iter().collect();
+        let number = self.progress.begin(OutboxId::ZERO, shards.len());
+        for shard in shards {
+            let reached = if self.moved_in.contains(shard) { OutboxId::ZERO } else { self.resume };
+            self.send_mark(shard, reached, number).await?;
+        }
+        let begun = Instant::now();
+        while self.progress.in_flight() > 0 && begun.elapsed() < OPENING {
+            if !self.wait(source, token).await? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
     /// Waits until few enough records are under way; `false` if it was told to stop.
     async fn room(&mut self, source: &mut Source, token: &CancellationToken) -> Result<bool, Halt> {
         while self.progress.in_flight() >= IN_FLIGHT {
-            let wait = tokio::time::timeout(CURSOR_INTERVAL, self.progress.changed());
-            if token.run_until_cancelled(wait).await.is_none() {
+            if !self.wait(source, token).await? {
                 return Ok(false);
             }
-            self.check(source, self.read_up_to.seq).await?;
         }
+        Ok(true)
+    }
+
+    /// Waits a little for acknowledgements; `false` if it was told to stop.
+    async fn wait(&mut self, source: &mut Source, token: &CancellationToken) -> Result<bool, Halt> {
+        let wait = tokio::time::timeout(CURSOR_INTERVAL, self.progress.changed());
+        if token.run_until_cancelled(wait).await.is_none() {
+            return Ok(false);
+        }
+        self.check(source).await?;
         Ok(true)
     }
 
@@ -328,25 +363,31 @@ impl<'a> Run<'a> {
             return Ok(());
         }
         self.marked_at = Instant::now();
-        let partition = self.relay.link.partition;
         let silent: Vec<Shard> =
             self.shards.iter().filter(|shard| self.told[usize::from(shard.number())] < here).collect();
         let number = self.progress.begin(here, silent.len());
         for shard in silent {
-            let record = self.writer.mark(partition, shard, here, now());
-            self.send(&self.relay.topics.orders, i32::from(shard.number()), &record, number).await?;
-            self.told[usize::from(shard.number())] = here;
+            self.send_mark(shard, here, number).await?;
         }
+        Ok(())
+    }
+
+    /// Tells a partition that everything up to here stands before.
+    async fn send_mark(&mut self, shard: Shard, here: OutboxId, number: usize) -> Result<(), Halt> {
+        let record = self.writer.mark(self.relay.link.partition, shard, here, now());
+        self.send(&self.relay.topics.orders, i32::from(shard.number()), &record, number).await?;
+        self.told[usize::from(shard.number())] = here;
         Ok(())
     }
 
     /// Whether the cursor is not written there yet.
     fn is_news(&self, reached: OutboxId) -> bool {
-        reached >= self.resume && self.noted != Some(Cursor { id: reached, shards: self.shards })
+        let published = reached > OutboxId::ZERO && reached >= self.resume;
+        published && self.noted != Some(Cursor { id: reached, shards: self.shards })
     }
 
     /// Looks at what was acknowledged: writes the cursor, tells how it stands.
-    async fn check(&mut self, source: &mut Source, last_seq: u64) -> Result<(), Halt> {
+    async fn check(&mut self, source: &mut Source) -> Result<(), Halt> {
         let relay = self.relay;
         if let Some(reason) = self.progress.failure() {
             return Err(Halt::Kafka(relay.destination.clone(), reason));
@@ -359,7 +400,7 @@ impl<'a> Run<'a> {
             self.note(source).await?;
         }
         let acknowledged = reached.unwrap_or(self.resume).max(self.resume);
-        let behind = last_seq.saturating_sub(acknowledged.seq);
+        let behind = self.last_seq.saturating_sub(acknowledged.seq);
         relay.metrics.lag.get_or_create(&relay.label()).set(i64::try_from(behind).unwrap_or(i64::MAX));
         relay.report(if self.moved.1.elapsed() >= SILENCE {
             RelayStatus::Waiting {

@@ -212,7 +212,7 @@ async fn raise_marks(conn: &mut Session, steps: &[Step<'_>]) -> Result<(), Error
     let mut raised = Vec::with_capacity(steps.len() * 3);
     for step in steps {
         for (partition, mark) in step.marks {
-            if stored.get(&(step.shard, *partition)).is_none_or(|stored| stored < mark) {
+            if stored.get(&(step.shard, *partition)).unwrap_or(&OutboxId::ZERO) < mark {
                 raised.extend_from_slice(values![step.shard.number(), *partition, mark.to_string()]);
             }
         }

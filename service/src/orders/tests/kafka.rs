@@ -118,13 +118,18 @@ impl KafkaLine {
         producer.send(record, Duration::from_secs(20)).await.unwrap();
     }
 
-    /// Every record of a topic with one partition: key, content, headers.
-    fn read(&self, name: &str, records: usize) -> Vec<(String, String, BTreeMap<String, String>)> {
+    /// So many records of a topic's partition, from its beginning: key, content, headers.
+    fn read(
+        &self,
+        name: &str,
+        partition: i32,
+        records: usize,
+    ) -> Vec<(String, String, BTreeMap<String, String>)> {
         let mut config = self.config();
         config.set("group.id", "test").set("auto.offset.reset", "earliest");
         let consumer: BaseConsumer = config.create().unwrap();
         let mut list = rdkafka::TopicPartitionList::new();
-        list.add_partition_offset(&self.topic(name), 0, rdkafka::Offset::Beginning).unwrap();
+        list.add_partition_offset(&self.topic(name), partition, rdkafka::Offset::Beginning).unwrap();
         consumer.assign(&list).unwrap();
         let mut found = Vec::new();
         let begin = std::time::Instant::now();
@@ -197,7 +202,7 @@ async fn a_poison_record_goes_to_the_dead_letters_and_its_partition_goes_on() {
     eventually(async || shop.stored("elsewhere").await == 1).await;
     eventually(async || shop.db.store.counts(None).await.unwrap().unreadable == odd.len() as u64).await;
     running.stop().await;
-    let letters = line.read("seckill.dead-letter", odd.len());
+    let letters = line.read("seckill.dead-letter", 0, odd.len());
     assert_eq!(letters.len(), odd.len());
     for (key, _, headers) in &letters {
         assert!(!headers["seckill_reason"].is_empty());
@@ -325,7 +330,7 @@ async fn a_center_whose_broker_is_away_holds_back_its_own_orders_only() {
     eventually(async || running.workers.waiting().is_empty()).await;
     running.stop().await;
     // Sales are told to every center.
-    assert_eq!(b.read("seckill.sales", 1).len(), 1);
+    assert_eq!(b.read("seckill.sales", 0, 1).len(), 1);
     assert_eq!(shop.stored("s").await, own);
 }
 
@@ -340,7 +345,7 @@ async fn records_are_cloud_events_and_sales_are_told_to_everybody() {
         .unwrap();
     let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
     eventually(async || shop.stored("s").await == 1).await;
-    let sales = line.read("seckill.sales", 3);
+    let sales = line.read("seckill.sales", 0, 3);
     running.stop().await;
     let contents: Vec<serde_json::Value> =
         sales.iter().map(|(_, content, _)| serde_json::from_str(content).unwrap()).collect();
@@ -356,6 +361,40 @@ async fn records_are_cloud_events_and_sales_are_told_to_everybody() {
         assert_eq!(headers["content-type"], "application/json");
     }
     assert!(shop.db.store.order(order_id).await.unwrap().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_relay_opens_each_partition_with_a_mark_of_where_it_goes_on() {
+    let mut shop = Shop::open().await;
+    let line = KafkaLine::new().await;
+    let shard = user("bob").table().shard();
+    let neighbour = (0..).map(|n| format!("n{n}")).find(|uid| user(uid).table().shard() == shard).unwrap();
+    let mut expected = Vec::new();
+    for (stored, uid) in (1..).zip(["bob", &neighbour]) {
+        let resumed = seckill_ledger::cursor(&mut shop.conn, &center("a")).await.unwrap();
+        let resumed = resumed.map_or(OutboxId::ZERO, |cursor| cursor.id);
+        let running = start_with(&shop.db.store, shop.redis.client(), &shop.authority(), &line.queue());
+        let order_id = shop.buy("s", &[uid]).await[0];
+        eventually(async || shop.stored("s").await == stored).await;
+        running.stop().await;
+        expected.push(("seckill.mark".to_owned(), format!("0/{resumed}")));
+        expected.push(("seckill.order.accepted".to_owned(), format!("0/1-{}", order_id.seq())));
+    }
+    // Marks of a silence in between may be there, too.
+    for count in 4..16 {
+        let records = line.read("seckill.orders", shard.number().into(), count);
+        let name = |headers: &BTreeMap<String, String>| {
+            (headers["ce_type"].clone(), headers["seckill_outbox"].clone())
+        };
+        let mut found: Vec<_> = records.iter().map(|(_, _, headers)| name(headers)).collect();
+        if found.last() == expected.last() {
+            assert_eq!(found[0], expected[0]);
+            found.retain(|record| expected.contains(record));
+            assert_eq!(found, expected);
+            return;
+        }
+    }
+    panic!("the last order is not there");
 }
 
 #[tokio::test(flavor = "multi_thread")]
