@@ -114,6 +114,8 @@ struct Open {
     failures: u32,
     /// How many paid orders without a claim were told of last, so that it is told once.
     told: u64,
+    /// How many entries could not be read when that was told last.
+    unreadable: u64,
 }
 
 impl Settler {
@@ -172,6 +174,7 @@ impl Settler {
                 next: now,
                 failures: 0,
                 told: 0,
+                unreadable: 0,
             });
             if tail.epoch != epoch {
                 // Another ledger may be the truth.
@@ -228,7 +231,8 @@ impl Settler {
         let progress = &tail.progress;
         let of = |fate| count(progress, fate);
         let (orders, paid) = (progress.fates.len() as u64, of(Fate::Paid));
-        let is_settled = progress.fates.iter().all(|fate| fate.is_final());
+        let unreadable = progress.unreadable;
+        let is_settled = unreadable == 0 && progress.fates.iter().all(|fate| fate.is_final());
         let settled = Settled {
             orders,
             claimed_again: of(Fate::Claimed),
@@ -258,6 +262,13 @@ impl Settler {
             tracing::error!(
                 file = %file.display(), paid_without_claim = paid, orders = names(progress),
                 "paid orders of a saved tail have no claim; seckill shift status says why, and what is to be done"
+            );
+        }
+        if std::mem::replace(&mut tail.unreadable, unreadable) != unreadable && unreadable > 0 {
+            tracing::error!(
+                file = %file.display(), entries = unreadable,
+                "entries of a saved tail cannot be read; the orders of all others are looked after. Let the release \
+                 that wrote it go through it"
             );
         }
         Ok(is_settled)

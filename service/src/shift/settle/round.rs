@@ -92,6 +92,8 @@ pub(super) struct Progress {
     pub(super) fates: Vec<Fate>,
     /// The first [`NAMED_MAX`] of those that are paid and hold no claim.
     pub(super) unclaimed: Vec<Unclaimed>,
+    /// Entries that cannot be read.
+    pub(super) unreadable: u64,
     /// What the lost master had given back is queued again.
     released: bool,
 }
@@ -127,6 +129,10 @@ impl Settler {
         unseen: bool,
         progress: &mut Progress,
     ) -> Result<(), Failure> {
+        if progress.unreadable > 0 {
+            // Were that mended meanwhile, every place behind it would be another one.
+            *progress = Progress::default();
+        }
         // Those that are kept change with the epoch, and then everything is looked at anew.
         for fate in progress.fates.iter_mut().filter(|fate| **fate == Fate::Paid) {
             *fate = Fate::Open;
@@ -135,8 +141,17 @@ impl Settler {
         for pass in [Pass::Paid, Pass::Unpaid, Pass::Rest] {
             let mut saved = SavedLines::open(file).await?;
             let (mut place, mut page) = (0, Vec::new());
-            while let Some(lost) = saved.next().await? {
-                let Lost::Orders(orders) = lost else { continue };
+            let mut unreadable = 0;
+            while let Some(lost) = saved.next().await.map_err(Unreadable::File)? {
+                let orders = match lost {
+                    Lost::Orders(orders) => orders,
+                    Lost::Released(_) => continue,
+                    Lost::Unreadable(reason) => {
+                        tracing::debug!(file = %file.display(), %reason, "an entry of a saved tail");
+                        unreadable += 1;
+                        continue;
+                    }
+                };
                 for order in orders {
                     if progress.fates.len() <= place {
                         progress.fates.push(Fate::Open);
@@ -151,6 +166,7 @@ impl Settler {
                 }
             }
             self.page(pass, unseen, page, progress).await?;
+            progress.unreadable = progress.unreadable.max(unreadable);
         }
         if !progress.released {
             self.release_again(file).await?;
@@ -298,7 +314,7 @@ impl Settler {
     async fn release_again(&self, file: &Path) -> Result<(), Failure> {
         let mut saved = SavedLines::open(file).await?;
         let mut ids = Vec::new();
-        while let Some(lost) = saved.next().await? {
+        while let Some(lost) = saved.next().await.map_err(Unreadable::File)? {
             let Lost::Released(orders) = lost else { continue };
             for order_id in orders.into_iter().filter(|order_id| order_id.seq() <= saved.common.seq) {
                 ids.push(order_id);

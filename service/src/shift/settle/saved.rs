@@ -1,6 +1,7 @@
 //! A saved tail, read again: see `docs/two-centers.md`, "The saved tail".
 
 use std::collections::HashMap;
+use std::io;
 use std::path::Path;
 
 use seckill_domain::{KeyDigest, OrderId, OrderRecord, OutboxId};
@@ -21,7 +22,7 @@ const SEQUENCE: std::ops::Range<usize> = 48..58;
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Unreadable {
     #[error(transparent)]
-    File(#[from] std::io::Error),
+    File(#[from] io::Error),
     #[error("line {line}: {reason}")]
     Content { line: u64, reason: String },
 }
@@ -41,6 +42,8 @@ pub(super) enum Lost {
     Orders(Vec<LostOrder>),
     /// Their units were given back.
     Released(Vec<OrderId>),
+    /// Nobody knows: this release cannot read it.
+    Unreadable(Unreadable),
 }
 
 /// A tail, line by line.
@@ -91,32 +94,40 @@ impl SavedLines {
         Ok(saved)
     }
 
-    /// What the next entry says of orders; none at the end.
-    pub(super) async fn next(&mut self) -> Result<Option<Lost>, Unreadable> {
+    /// What the next entry says of orders; none at the end. An entry that cannot be read keeps nobody from the others.
+    pub(super) async fn next(&mut self) -> io::Result<Option<Lost>> {
         while let Some(text) = self.line().await? {
-            let Entry { id, fields, orders } = self.parse(&text)?;
-            let id = self.id(&id)?;
-            match outbox::parse_raw(id, fields.get()).map_err(|reason| self.bad(reason))? {
-                Event::Orders(records) => {
-                    let lost = |record: OrderRecord| {
-                        let said = orders.iter().find(|said| said.order_id == record.order_id);
-                        let claims = said.and_then(|said| said.claims.as_deref());
-                        let key = claims.and_then(|claims| key_of(record.order_id, claims));
-                        LostOrder { record, key: key.unwrap_or_default() }
-                    };
-                    return Ok(Some(Lost::Orders(records.into_iter().map(lost).collect())));
-                }
-                Event::Released { orders, .. } => return Ok(Some(Lost::Released(orders))),
-                // What else happened to sales there is the shop's to do again.
-                Event::Sale(_) | Event::SaleChanged(_) | Event::Epoch(_) => {}
+            match self.read(&text) {
+                Ok(None) => {}
+                Ok(Some(lost)) => return Ok(Some(lost)),
+                Err(unreadable) => return Ok(Some(Lost::Unreadable(unreadable))),
             }
         }
         Ok(None)
     }
 
-    async fn line(&mut self) -> Result<Option<String>, Unreadable> {
+    fn read(&self, text: &str) -> Result<Option<Lost>, Unreadable> {
+        let Entry { id, fields, orders } = self.parse(text)?;
+        let id = self.id(&id)?;
+        match outbox::parse_raw(id, fields.get()).map_err(|reason| self.bad(reason))? {
+            Event::Orders(records) => {
+                let lost = |record: OrderRecord| {
+                    let said = orders.iter().find(|said| said.order_id == record.order_id);
+                    let claims = said.and_then(|said| said.claims.as_deref());
+                    let key = claims.and_then(|claims| key_of(record.order_id, claims));
+                    LostOrder { record, key: key.unwrap_or_default() }
+                };
+                Ok(Some(Lost::Orders(records.into_iter().map(lost).collect())))
+            }
+            Event::Released { orders, .. } => Ok(Some(Lost::Released(orders))),
+            // What else happened to sales there is the shop's to do again.
+            Event::Sale(_) | Event::SaleChanged(_) | Event::Epoch(_) => Ok(None),
+        }
+    }
+
+    async fn line(&mut self) -> io::Result<Option<String>> {
         self.line += 1;
-        Ok(self.lines.next_line().await?)
+        self.lines.next_line().await
     }
 
     fn parse<'t, T: Deserialize<'t>>(&self, text: &'t str) -> Result<T, Unreadable> {

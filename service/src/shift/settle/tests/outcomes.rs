@@ -207,3 +207,23 @@ async fn tails_are_gone_through_from_the_oldest_on_without_those_that_are_settle
     assert_eq!(unsettled(folder.path(), None).await.unwrap(), expected);
     assert_eq!(unsettled(&named("nothing"), None).await.unwrap(), Vec::<PathBuf>::new());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_entry_that_cannot_be_read_keeps_the_tail_open_and_nobody_from_the_others() {
+    let mut world = World::parted(5, &[]).await;
+    world.settle_epoch().await;
+    let record = world.lose_stored(&world.user("open", "a")).await;
+    let file = world.save_tail(false).await;
+    let whole = std::fs::read_to_string(&file).unwrap();
+    let (head, entries) = whole.split_once('\n').unwrap();
+    let of_later_release = json!({ "id": "1-2", "fields": { "v": "9", "k": "orders" } });
+    std::fs::write(&file, format!("{head}\n{of_later_release}\n{entries}")).unwrap();
+    let metrics = world.settle();
+    eventually("the other one is claimed", async || (!world.held().await.is_empty()).then_some(())).await;
+    eventually("the round is over", async || (metrics.open.get() == 1).then_some(())).await;
+    world.assert_held(&[(&record, record.order_id)]).await;
+    assert_eq!((world.told().settled, metrics.settled.get()), (None, 0));
+    std::fs::write(&file, whole).unwrap();
+    let settled = world.until_settled(&file).await;
+    assert_eq!((settled.orders, settled.claimed_again), (1, 1));
+}
