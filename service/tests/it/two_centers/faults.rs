@@ -11,6 +11,7 @@ use crate::crowd::{Crowd, ask_again, compare_books, user_of};
 use crate::support::eventually;
 
 use super::behind::{Behind, audit, until_no_lag, until_nobody_waits};
+use super::lost::lose_the_master;
 
 /// More than anybody buys in these tests.
 const PLENTY: u64 = 1_000_000;
@@ -50,12 +51,13 @@ async fn whatever_happens_to_either_redis_nothing_acknowledged_is_missing() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_kafka_mariadb_and_etcd_whatever_happens_to_either_redis_or_to_etcd_costs_nobody_an_order() {
+async fn over_kafka_mariadb_and_etcd_whatever_happens_to_a_redis_to_etcd_or_to_the_master_is_made_good() {
     let behind = Behind::start().await;
-    let centers = Centers::start(behind.options()).await;
+    let mut centers = Centers::start(behind.options()).await;
     // One after another on the same servers, which take long to start: each with a sale of its own.
     break_either_redis(&centers, "phone", WIDTH_BEHIND).await;
     lose_etcd(&centers, "tablet", WIDTH_BEHIND).await;
+    lose_the_master(&mut centers, "watch", true).await;
 }
 
 /// The whole of b dies and comes back; then both live and cannot reach each other.
