@@ -123,7 +123,7 @@ pub(crate) async fn save(
 }
 
 /// The tail in the folder whose first line says at least this: whatever run of the server it was, the same entries
-/// follow.
+/// follow. One that cannot be read to its end any more counts as none.
 async fn saved_before(
     folder: &Path,
     head: &Value,
@@ -131,7 +131,7 @@ async fn saved_before(
 ) -> io::Result<Option<SavedTail>> {
     let name = format!("diverged-{}-", last.epoch);
     let mut entries = fs::read_dir(folder).await?;
-    while let Some(entry) = entries.next_entry().await? {
+    'files: while let Some(entry) = entries.next_entry().await? {
         let found = entry.file_name();
         let Some(found) = found.to_str().filter(|found| found.starts_with(&name)) else { continue };
         if !found.ends_with(".ndjson") {
@@ -139,7 +139,7 @@ async fn saved_before(
         }
         let file = folder.join(found);
         let mut lines = BufReader::new(File::open(&file).await?).lines();
-        let first = lines.next_line().await?.unwrap_or_default();
+        let Ok(Some(first)) = lines.next_line().await else { continue };
         let says = |(name, wanted): (&String, &Value), first: &Value| first.get(name) == Some(wanted);
         let same = serde_json::from_str::<Value>(&first).is_ok_and(|first| {
             head.as_object().is_some_and(|head| head.iter().all(|field| says(field, &first)))
@@ -148,12 +148,18 @@ async fn saved_before(
             continue;
         }
         let mut tail = SavedTail { file, common, last, entries: 0, orders: 0, again: true };
-        while let Some(line) = lines.next_line().await? {
-            let Entry { orders } = serde_json::from_str(&line).map_err(io::Error::other)?;
+        let mut reached = None;
+        loop {
+            let Ok(line) = lines.next_line().await else { continue 'files };
+            let Some(line) = line else { break };
+            let Ok(Entry { id, orders }) = serde_json::from_str(&line) else { continue 'files };
             tail.entries += 1;
             tail.orders += orders.len() as u64;
+            reached = Some(id);
         }
-        return Ok(Some(tail));
+        if reached == Some(last.to_string()) {
+            return Ok(Some(tail));
+        }
     }
     Ok(None)
 }
@@ -161,6 +167,7 @@ async fn saved_before(
 /// A line of a tail, as far as it is counted.
 #[derive(Deserialize)]
 struct Entry {
+    id: String,
     #[serde(default)]
     orders: Vec<IgnoredAny>,
 }

@@ -27,5 +27,13 @@ async fn a_tail_that_was_saved_is_not_saved_again_by_the_next_attempt() {
     let more = save().await;
     assert_eq!((more.entries, more.orders, more.again), (first.entries + 1, 2, false));
     assert_ne!(more.file, first.file);
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 2);
+    // So is what stands in a file that has lost its end.
+    let mut lines: Vec<String> =
+        std::fs::read_to_string(&more.file).unwrap().lines().map(str::to_owned).collect();
+    lines.pop();
+    std::fs::write(&more.file, lines.join("\n") + "\n").unwrap();
+    let anew = save().await;
+    assert_eq!((anew.entries, anew.orders, anew.again), (more.entries, more.orders, false));
+    assert_ne!(anew.file, more.file);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 3);
 }
