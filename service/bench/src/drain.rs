@@ -8,9 +8,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
-use seckill::orders::{KafkaMetrics, KafkaOptions, OrderStore, Queue, StoreOptions, WorkerOptions, Workers};
+use seckill::orders::{
+    KafkaMetrics, KafkaOptions, OrderStore, Owners, Queue, StoreOptions, WorkerOptions, Workers,
+};
 use seckill::topology::{Authority, Center, Limits, Topology};
-use seckill_domain::{CenterNumber, Shard};
+use seckill_domain::{CenterId, CenterNumber, Shard};
 use seckill_ledger::Fence;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -86,8 +88,12 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let fence: Fence = args.fence.parse()?;
     let center = fence.master.clone();
     let store = OrderStore::open(&args.database, StoreOptions::new(center.clone())).await?;
-    // The orders of a shard whose writes are blocked wait in the queue.
-    let (topology, receiver) = watch::channel(Arc::new(topology(&fence, true)?));
+    // As if its shards were on the way to another center, and its database had let go of them.
+    let mut elsewhere = topology(&fence)?;
+    elsewhere.blocked_shards = Shard::all().collect();
+    let (topology, receiver) = watch::channel(Arc::new(elsewhere.clone()));
+    elsewhere.shard_owners.fill(CenterId::new("elsewhere")?);
+    store.limit_to(&Owners::of(&elsewhere));
     let metrics = KafkaMetrics::default();
     let queue = Queue::Kafka(KafkaOptions {
         center: center.clone(),
@@ -110,7 +116,10 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     let relayed = metrics.published.get_or_create_owned(&label);
     let mut watcher = Watcher { every: args.every, orders: args.orders };
     watcher.follow(Phase::Published, None, || relayed.get(), &workers).await?;
-    topology.send_replace(Arc::new(self::topology(&fence, false)?));
+    ensure!(store.metrics().stored.get() == 0, "orders were stored while they were published");
+    let home = self::topology(&fence)?;
+    store.limit_to(&Owners::of(&home));
+    topology.send_replace(Arc::new(home));
     let limit = Some(Duration::from_secs(args.seconds));
     watcher.follow(Phase::Stored, limit, || store.metrics().stored.get(), &workers).await?;
     stop.cancel();
@@ -120,7 +129,7 @@ pub(crate) async fn run(args: &Args) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn topology(fence: &Fence, blocked: bool) -> anyhow::Result<Topology> {
+fn topology(fence: &Fence) -> anyhow::Result<Topology> {
     let url = "http://127.0.0.1:1".to_owned();
     let center = Center {
         number: CenterNumber::new(1)?,
@@ -133,9 +142,6 @@ fn topology(fence: &Fence, blocked: bool) -> anyhow::Result<Topology> {
     let mut topology =
         Topology::single(fence.ledger_id.clone(), fence.master.clone(), center, Limits::default());
     topology.epoch = fence.epoch;
-    if blocked {
-        topology.blocked_shards = Shard::all().collect();
-    }
     Ok(topology)
 }
 
